@@ -1,0 +1,69 @@
+"""A dataset: the log, the catalogue and, where known, a table of users."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import polars as pl
+
+from vouch.data.catalog import Catalog
+from vouch.data.interactions import Interactions
+from vouch.errors import DataError
+from vouch.files import atomic_directory, write_json
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Interactions with the catalogue of their items and, optionally, a polars table of users (row `u` is code `u`)."""
+
+    interactions: Interactions
+    catalog: Catalog
+    users: pl.DataFrame | None = None
+    name: str = "data"
+
+    def __post_init__(self) -> None:
+        if self.catalog.items != self.interactions.items:
+            raise DataError("the catalogue and the log number their items differently")
+
+    @classmethod
+    def of(cls, interactions: Interactions, *, name: str = "data") -> Dataset:
+        """A dataset with an empty catalogue."""
+        return cls(interactions, Catalog.empty(interactions.items), None, name)
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.name!r}, {self.interactions!r}, {self.catalog!r})"
+
+    def with_interactions(self, interactions: Interactions) -> Dataset:
+        """The same dataset over another log with the same vocabularies."""
+        return replace(self, interactions=interactions)
+
+    def save(self, path: Path | str) -> None:
+        """Write as one folder, atomically: `log/`, `catalog/`, `users.parquet`, `dataset.json`."""
+        with atomic_directory(path) as aside:
+            self.interactions.save(aside / "log")
+            self.catalog.save(aside / "catalog")
+            if self.users is not None:
+                self.users.write_parquet(aside / "users.parquet")
+            write_json(aside / "dataset.json", {"format": 1, "name": self.name})
+
+    @classmethod
+    def open(cls, path: Path | str) -> Dataset:
+        """Open a saved dataset; the log and the features by memory map.
+
+        Raises:
+            DataError: the folder is not a prepared dataset, or is damaged.
+        """
+        from vouch.files import read_json
+
+        path = Path(path)
+        if not (path / "dataset.json").exists():
+            raise DataError(
+                f"{path.name!r} is not a prepared dataset",
+                where=str(path),
+                hint="make one with: vouch data prepare SOURCE --out FOLDER",
+            )
+        users = pl.read_parquet(path / "users.parquet") if (path / "users.parquet").exists() else None
+        return cls(
+            Interactions.open(path / "log"), Catalog.open(path / "catalog"), users, read_json(path / "dataset.json")["name"]
+        )

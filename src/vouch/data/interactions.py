@@ -1,0 +1,272 @@
+"""The interaction log: immutable columns sorted by user and time, in which a history is a slice."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vouch.data.vocabulary import Vocabulary, open_array
+from vouch.errors import DataError
+from vouch.files import atomic_directory, read_json, write_json
+
+FORMAT = 1
+OPTIONAL = {"time": np.int64, "value": np.float32, "scenario": np.int16, "domain": np.int16}
+
+
+@dataclass(frozen=True, eq=False)
+class Interactions:
+    """An immutable, columnar log of who interacted with what.
+
+    Rows are sorted by user, then time; rows of equal time (or all rows of a user, without times) keep the order they
+    came in. `offsets` `(n_users + 1,)` bounds each user's rows, so `item[offsets[u]:offsets[u + 1]]` is the history
+    of user `u`, as a view. Any column may be a read-only memory map.
+
+    Attributes:
+        users, items: vocabularies; codes are `0..len - 1`. A user or item of the vocabulary may have no row.
+        offsets: int64 `(n_users + 1,)`.
+        item: int32 `(n,)` item codes.
+        time: int64 `(n,)` seconds since 1970 UTC, or None.
+        value: float32 `(n,)` rating or weight, or None.
+        scenario, domain: int16 `(n,)` codes into `labels["scenario"]`, `labels["domain"]`, or None.
+        labels: names of the codes of `scenario` and `domain`.
+        notes: how the log was made (source, filters, rows dropped); plain JSON.
+    """
+
+    users: Vocabulary
+    items: Vocabulary
+    offsets: NDArray[np.int64]
+    item: NDArray[np.int32]
+    time: NDArray[np.int64] | None = None
+    value: NDArray[np.float32] | None = None
+    scenario: NDArray[np.int16] | None = None
+    domain: NDArray[np.int16] | None = None
+    labels: Mapping[str, list[str]] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        user: ArrayLike,
+        item: ArrayLike,
+        *,
+        time: ArrayLike | None = None,
+        value: ArrayLike | None = None,
+        scenario: ArrayLike | None = None,
+        domain: ArrayLike | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> Interactions:
+        """Build from columns of original ids `(n,)` in any order.
+
+        Raises:
+            DataError: the columns are empty, differ in length, or hold a value that is not a finite number.
+        """
+        raw_user, raw_item = np.asarray(user), np.asarray(item)
+        if raw_user.ndim != 1 or raw_user.shape != raw_item.shape:
+            raise DataError(f"user has shape {raw_user.shape}, item {raw_item.shape}; both must be (n,)")
+        if len(raw_user) == 0:
+            raise DataError("the log has no rows", hint="check the source and the filters")
+        users, user_codes = _encode(raw_user)
+        items, item_codes = _encode(raw_item)
+        labels: dict[str, list[str]] = {}
+        columns: dict[str, NDArray[Any]] = {}
+        for name, raw in (("scenario", scenario), ("domain", domain)):
+            if raw is not None:
+                vocabulary, codes = _encode(np.asarray(raw))
+                labels[name] = [str(label) for label in vocabulary.ids(np.arange(len(vocabulary)))]
+                columns[name] = codes.astype(np.int16)
+        for name, raw in (("time", time), ("value", value)):
+            if raw is not None:
+                columns[name] = _finite(name, np.asarray(raw)).astype(OPTIONAL[name])
+        for name, column in columns.items():
+            if column.shape != raw_user.shape:
+                raise DataError(f"{name} has shape {column.shape}, user has {raw_user.shape}")
+        return cls.from_codes(users, items, user_codes, item_codes, columns=columns, labels=labels, notes=notes)
+
+    @classmethod
+    def from_codes(
+        cls,
+        users: Vocabulary,
+        items: Vocabulary,
+        user: NDArray[Any],
+        item: NDArray[Any],
+        *,
+        columns: Mapping[str, NDArray[Any]] | None = None,
+        labels: Mapping[str, list[str]] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> Interactions:
+        """Build from codes in any order; sorts by (user, time), keeping the order of ties."""
+        columns = dict(columns or {})
+        keys = (user,) if columns.get("time") is None else (columns["time"], user)
+        order = np.lexsort(keys)  # stable
+        offsets = np.zeros(len(users) + 1, dtype=np.int64)
+        np.cumsum(np.bincount(user, minlength=len(users)), out=offsets[1:])
+        return cls(
+            users,
+            items,
+            _frozen(offsets),
+            _frozen(item[order].astype(np.int32, copy=False)),
+            **{name: _frozen(column[order].astype(OPTIONAL[name], copy=False)) for name, column in columns.items()},
+            labels=dict(labels or {}),
+            notes=dict(notes or {}),
+        )
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+    def __repr__(self) -> str:
+        extra = [name for name in OPTIONAL if getattr(self, name) is not None]
+        with_extra = f", with {', '.join(extra)}" if extra else ""
+        return f"Interactions({len(self):,} rows, {self.n_users:,} users, {self.n_items:,} items{with_extra})"
+
+    @property
+    def n_users(self) -> int:
+        """Size of the user vocabulary."""
+        return len(self.users)
+
+    @property
+    def n_items(self) -> int:
+        """Size of the item vocabulary."""
+        return len(self.items)
+
+    @functools.cached_property
+    def user(self) -> NDArray[np.int32]:
+        """int32 `(n,)` user codes, expanded from `offsets` on first use."""
+        return _frozen(np.repeat(np.arange(self.n_users, dtype=np.int32), np.diff(self.offsets)))
+
+    @functools.cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64 `(n_users,)` rows per user."""
+        return _frozen(np.diff(self.offsets))
+
+    @functools.cached_property
+    def item_counts(self) -> NDArray[np.int64]:
+        """int64 `(n_items,)` rows per item."""
+        return _frozen(np.bincount(self.item, minlength=self.n_items))
+
+    def history(self, user: int) -> NDArray[np.int32]:
+        """The items of one user code, oldest first, as a view."""
+        return self.item[self.offsets[user] : self.offsets[user + 1]]
+
+    def where(self, keep: NDArray[np.bool_], *, notes: Mapping[str, Any] | None = None) -> Interactions:
+        """The rows where `keep` `(n,)` is true, with the same vocabularies (so codes keep their meaning)."""
+        offsets = np.zeros(self.n_users + 1, dtype=np.int64)
+        kept = np.concatenate([np.zeros(1, np.int64), np.cumsum(keep, dtype=np.int64)])
+        offsets[:] = kept[self.offsets]
+        columns = {name: getattr(self, name) for name in OPTIONAL}
+        return Interactions(
+            self.users,
+            self.items,
+            _frozen(offsets),
+            _frozen(self.item[keep]),
+            **{name: None if column is None else _frozen(column[keep]) for name, column in columns.items()},
+            labels=self.labels,
+            notes={**self.notes, **(notes or {})},
+        )
+
+    def to_csr(self, *, binary: bool = True) -> Any:
+        """A scipy CSR matrix `(n_users, n_items)` of counts, or of ones where `binary`; duplicates are summed first."""
+        import scipy.sparse
+
+        data = np.ones(len(self), dtype=np.float32)
+        matrix = scipy.sparse.csr_matrix((data, self.item, self.offsets), shape=(self.n_users, self.n_items))
+        matrix.sum_duplicates()
+        if binary:
+            matrix.data[:] = 1.0
+        return matrix
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A short hash of every column: equal logs have equal fingerprints. Stored with saved logs."""
+        if "fingerprint" in self.notes:
+            return str(self.notes["fingerprint"])
+        digest = hashlib.blake2b(digest_size=8)
+        for name in ("offsets", "item", *OPTIONAL):
+            column = getattr(self, name)
+            digest.update(name.encode())
+            if column is not None:
+                for start in range(0, len(column), 1 << 22):
+                    digest.update(np.ascontiguousarray(column[start : start + (1 << 22)]).data)
+        return digest.hexdigest()
+
+    def save(self, path: Path | str) -> None:
+        """Write as a folder of .npy columns, atomically. `open` maps it back without reading it."""
+        with atomic_directory(path) as aside:
+            self.users.save(aside / "users")
+            self.items.save(aside / "items")
+            np.save(aside / "offsets.npy", self.offsets)
+            np.save(aside / "item.npy", self.item)
+            for name in OPTIONAL:
+                if getattr(self, name) is not None:
+                    np.save(aside / f"{name}.npy", getattr(self, name))
+            notes = {**self.notes, "fingerprint": self.fingerprint}
+            write_json(aside / "log.json", {"format": FORMAT, "labels": dict(self.labels), "notes": notes})
+
+    @classmethod
+    def open(cls, path: Path | str) -> Interactions:
+        """Open a saved log by memory map: constant time and memory, whatever its size.
+
+        Raises:
+            DataError: the folder is not a saved log, is damaged, or was written by a newer version.
+        """
+        path = Path(path)
+        if not (path / "log.json").exists():
+            raise DataError(
+                f"{path.name!r} is not a prepared log", where=str(path), hint="make one with: vouch data prepare SOURCE"
+            )
+        header = read_json(path / "log.json")
+        if header.get("format", 0) > FORMAT:
+            raise DataError(
+                f"the log was written in format {header['format']}; this version reads up to {FORMAT}",
+                where=str(path),
+                hint="upgrade vouch, or prepare the data again",
+            )
+        columns = {name: open_array(path / f"{name}.npy") for name in OPTIONAL if (path / f"{name}.npy").exists()}
+        log = cls(
+            Vocabulary.open(path / "users"),
+            Vocabulary.open(path / "items"),
+            open_array(path / "offsets.npy"),
+            open_array(path / "item.npy"),
+            **columns,
+            labels=header["labels"],
+            notes=header["notes"],
+        )
+        if len(log.offsets) != log.n_users + 1 or int(log.offsets[-1]) != len(log.item):
+            raise DataError("the log's columns do not fit together", where=str(path), hint="prepare the data again")
+        return log
+
+
+def _encode(raw: NDArray[Any]) -> tuple[Vocabulary, NDArray[np.int32]]:
+    """The vocabulary of a column of ids, and the column in codes."""
+    if raw.dtype.kind == "f":
+        if not np.isfinite(raw).all() or (raw != np.floor(raw)).any():
+            raise DataError("an id column holds NaN or a fraction", hint="ids must be whole numbers or text")
+        raw = raw.astype(np.int64)
+    if raw.dtype.kind in "iu":
+        numbers, codes = np.unique(raw.astype(np.int64), return_inverse=True)
+        return Vocabulary.of_numbers(numbers), codes.astype(np.int32)
+    texts = [str(value) for value in raw.tolist()]
+    vocabulary = Vocabulary.of(texts)
+    rank = {str(value): code for code, value in enumerate(vocabulary.ids(np.arange(len(vocabulary))))}
+    return vocabulary, np.fromiter((rank[text] for text in texts), dtype=np.int32, count=len(texts))
+
+
+def _finite(name: str, raw: NDArray[Any]) -> NDArray[Any]:
+    if raw.dtype.kind not in "iufb":
+        raise DataError(f"column {name!r} holds {raw.dtype} instead of numbers")
+    bad = ~np.isfinite(raw.astype(np.float64))
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise DataError(f"column {name!r} holds {raw[row]!r}", where=f"row {row + 1}", hint="drop or mend such rows")
+    return raw
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    array.flags.writeable = False
+    return array
