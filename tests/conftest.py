@@ -1,0 +1,25 @@
+"""Fixtures that every room's tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tests run in parallel processes
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """A function that gives the folder of a real data set, or skips the test."""
+
+    def find(name: str) -> Path:
+        for root in os.environ.get("VOUCH_DATA", "").split(os.pathsep):
+            if root and (Path(root) / name).is_dir():
+                return Path(root) / name
+        pytest.skip(f"real data {name!r} is not in a folder of $VOUCH_DATA")
+
+    return find
