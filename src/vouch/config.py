@@ -113,7 +113,9 @@ class Config(BaseModel):
         field = cls.model_fields.get(name)
         hint = f"{field.description} (default {field.default!r})" if field else None
         reason = first["msg"][0].lower() + first["msg"][1:]
-        return ConfigError(f"setting {name!r} of {owner} is {first['input']!r}: {reason}", where=cls.__name__, hint=hint)
+        return ConfigError(
+            f"setting {name!r} of {owner} is {first['input']!r}: {reason}", where=cls.__name__, hint=hint
+        )
 
 
 def _type_name(schema: Mapping[str, Any]) -> str:

@@ -63,7 +63,9 @@ def _discover() -> None:
     for room in ROOMS:
         try:
             package = importlib.import_module(f"vouch.{room}")
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if error.name != f"vouch.{room}":
+                raise
             continue
         for found in pkgutil.walk_packages(package.__path__, f"vouch.{room}."):
             importlib.import_module(found.name)

@@ -69,9 +69,7 @@ class Catalog:
             DataError: the id column is missing, or an id occurs twice.
         """
         if id_column not in frame.columns:
-            raise DataError(
-                f"the item table has no column {id_column!r}", hint=did_you_mean(id_column, frame.columns)
-            )
+            raise DataError(f"the item table has no column {id_column!r}", hint=did_you_mean(id_column, frame.columns))
         codes = np.array([items.get(value) for value in frame[id_column].to_list()], dtype=np.int64)
         known = frame.filter(pl.Series(codes >= 0)).with_columns(pl.Series("__code", codes[codes >= 0]))
         if known["__code"].is_duplicated().any():

@@ -65,5 +65,8 @@ class Dataset:
             )
         users = pl.read_parquet(path / "users.parquet") if (path / "users.parquet").exists() else None
         return cls(
-            Interactions.open(path / "log"), Catalog.open(path / "catalog"), users, read_json(path / "dataset.json")["name"]
+            Interactions.open(path / "log"),
+            Catalog.open(path / "catalog"),
+            users,
+            read_json(path / "dataset.json")["name"],
         )

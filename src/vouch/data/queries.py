@@ -125,8 +125,10 @@ class Queries:
             bounds = slice(int(log.offsets[code]), int(log.offsets[code + 1]))
             ages.append(np.zeros(len(histories[-1]), np.int64) if log.time is None else log.time[bounds])
         # Times are used only if every query has them.
-        timed = all(query.times is not None or (query.history is None and log is not None and log.time is not None)
-                    for query in queries)
+        timed = all(
+            query.times is not None or (query.history is None and log is not None and log.time is not None)
+            for query in queries
+        )
         moments = [query.time for query in queries]
         result = cls.from_histories(histories, user=np.array(codes), times=ages if timed and queries else None)
         if all(moment is not None for moment in moments) and queries:

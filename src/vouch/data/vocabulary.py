@@ -21,7 +21,9 @@ class Vocabulary:
     any size costs no memory to open. Build one with `Vocabulary.of`.
     """
 
-    def __init__(self, numbers: NDArray[np.int64] | None, blob: NDArray[np.uint8] | None, ends: NDArray[np.int64] | None):
+    def __init__(
+        self, numbers: NDArray[np.int64] | None, blob: NDArray[np.uint8] | None, ends: NDArray[np.int64] | None
+    ):
         self._numbers, self._blob, self._ends = numbers, blob, ends
 
     @classmethod

@@ -1,1 +1,1 @@
-
+"""Layers and losses that more than one room uses."""

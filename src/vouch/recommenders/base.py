@@ -18,6 +18,7 @@ from vouch.config import Config
 from vouch.data import Interactions, Queries, Query, Split, Vocabulary
 from vouch.errors import ConfigError, DataError, StorageError
 from vouch.files import atomic_directory, read_json, write_json
+from vouch.nn.topk import top_k
 from vouch.registry import Card
 from vouch.training.run import FitReport, Run
 
@@ -273,20 +274,3 @@ def load(path: Path | str) -> Any:
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
         raise StorageError(f"the model is damaged: {error}", where=str(path), hint="train it again") from error
     return model
-
-
-def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest of each row, best first; among equals the smaller index wins, on every device.
-
-    `torch.topk` alone leaves the choice among equals open. It is used for the values; the places of the ties at the
-    threshold are then settled by a stable sort over the rows that have any.
-    """
-    values, index = torch.topk(scores, min(k + 1, scores.shape[-1]), dim=-1)
-    tied = (values[:, 1:] == values[:, :-1]).any(-1)
-    values, index = values[:, :k], index[:, :k]
-    if tied.any():
-        rows = scores[tied]
-        order = torch.sort(rows, dim=-1, descending=True, stable=True).indices[:, :k]
-        index, values = index.clone(), values.clone()
-        index[tied], values[tied] = order, rows.gather(-1, order)
-    return values, index

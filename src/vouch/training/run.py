@@ -16,6 +16,7 @@ class TrainConfig(Config):
     batch_size: int = setting(256, "rows of one global batch (users or pairs, see the method)", ge=1)
     learning_rate: float = setting(1e-3, "step size of the optimizer", gt=0, search=Span(3e-4, 3e-3, log=True))
     weight_decay: float = setting(0.0, "decoupled weight decay", ge=0)
+    max_grad_norm: float = setting(0.0, "clip the gradient's norm to this; 0 does not", ge=0)
     monitor: str = setting("NDCG@10", "validation metric that picks the best epoch and stops training")
     patience: int = setting(10, "evaluations without a better value before training stops", ge=1)
     evaluate_every: int = setting(1, "epochs between two validations", ge=1)

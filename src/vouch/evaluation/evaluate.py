@@ -1,0 +1,228 @@
+"""Evaluating a recommender: every case against every item, streamed in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vouch.data import Cases, Catalog, Interactions, Queries
+from vouch.errors import ConfigError, DataError
+from vouch.evaluation.beyond import Lists
+from vouch.evaluation.metrics import DEFAULT_METRICS, Places, compute, parse_metric
+from vouch.nn.topk import top_k
+
+BLOCK_CELLS = 1 << 24
+"""Scores held at once: 64 MiB of float32."""
+
+
+class Scorer(Protocol):
+    """What can be evaluated; every `Recommender` is one."""
+
+    def score_or_popularity(self, queries: Queries) -> Tensor:
+        """Scores float32 `(B, n_items)`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The result over `Q` cases.
+
+    Attributes:
+        metrics: means by name. Names of sampled rankings end in `~100neg` (with the number drawn).
+        per_case: ranking metrics of each case, float64 `(Q,)`.
+        rank: float64 `(Q,)` mid-rank of the best target, from 1; inf where no target may be recommended.
+        user: int32 `(Q,)` user codes.
+        history_length: int64 `(Q,)`.
+        target_popularity: int64 `(Q,)` training count of the first target (0 without `train`).
+        protocol: how it was measured: `exclude`, `candidates`, `cases`, `targets_in_history`.
+    """
+
+    metrics: dict[str, float]
+    per_case: dict[str, NDArray[np.float64]]
+    rank: NDArray[np.float64]
+    user: NDArray[np.int32]
+    history_length: NDArray[np.int64]
+    target_popularity: NDArray[np.int64]
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rank)
+
+    def by_group(self, metric: str, values: NDArray[Any], edges: Sequence[float]) -> list[dict[str, Any]]:
+        """Means of a metric by where `values` `(Q,)` fall between `edges` (left closed; the last group is open).
+
+        Returns:
+            One row a group that has cases: `{"low", "high", "cases", "mean", "sem"}`.
+        """
+        group = np.digitize(values, edges)
+        rows = []
+        for number in np.unique(group):
+            inside = self.per_case[metric][group == number]
+            low = None if number == 0 else edges[number - 1]
+            high = None if number == len(edges) else edges[number]
+            sem = float(inside.std(ddof=1) / np.sqrt(len(inside))) if len(inside) > 1 else 0.0
+            rows.append({"low": low, "high": high, "cases": len(inside), "mean": float(inside.mean()), "sem": sem})
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: the means and the protocol."""
+        return {"metrics": dict(self.metrics), "protocol": dict(self.protocol)}
+
+
+def evaluate(
+    model: Scorer,
+    cases: Cases,
+    *,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    exclude: Literal["history", "none"] = "history",
+    train: Interactions | None = None,
+    catalog: Catalog | None = None,
+    sampled: int | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Rank all items for every case and measure where its targets stand.
+
+    Args:
+        metrics: names such as `NDCG@10`, `HR@10`, `MRR`, `MAP@10`, `AUC`, `Coverage@10`, `Novelty@10`, `Gini@10`,
+            `ILD@10`, `PopularityBias@10`. The last five describe the lists; all but ILD need `train`, ILD `catalog`.
+        exclude: `history` takes every item of the query's history out of the ranking (a target among them is a miss,
+            and counted in `protocol`); `none` ranks all.
+        sampled: rank the targets among this many uniformly drawn other items instead of all. Such values are biased
+            and can reverse the order of models (Krichene and Rendle, KDD 2020); they are named apart.
+        seed: of the sampled candidates.
+
+    Raises:
+        ConfigError: an unknown metric, or one that lacks what it needs.
+        DataError: there is no case, or a score is not a number.
+    """
+    wanted = [parse_metric(name) for name in dict.fromkeys(metrics)]
+    if len(cases) == 0:
+        raise DataError("there is no case to evaluate", hint="check the split")
+    if exclude not in ("history", "none"):
+        raise ConfigError(f"exclude is {exclude!r}; it must be 'history' or 'none'")
+    n_items = cases.log.n_items
+    if sampled is not None and not 1 <= sampled:
+        raise ConfigError(f"sampled is {sampled}; it must be at least 1")
+    beyond = [metric for metric in wanted if metric.beyond]
+    lists = Lists(beyond, n_items, train=train, catalog=catalog) if beyond else None
+    generator = torch.Generator().manual_seed(seed)
+    tie_order = torch.randperm(n_items, generator=torch.Generator().manual_seed(0))
+    parts: list[Places] = []
+    in_history = 0
+    for first, last in cases.blocks(max(1, BLOCK_CELLS // n_items)):
+        queries = cases.queries(first, last)
+        scores = model.score_or_popularity(queries)
+        if scores.shape != (last - first, n_items):
+            raise DataError(f"the model gave scores of shape {tuple(scores.shape)} for {(last - first, n_items)}")
+        if torch.isnan(scores).any():
+            raise DataError("the model gave a score that is not a number", hint="train it again")
+        scores = scores.float()
+        case, target = _targets(cases, first, last, n_items)
+        if exclude == "history":
+            row = torch.from_numpy(np.repeat(np.arange(len(queries)), queries.lengths)).to(scores.device)
+            column = torch.from_numpy(queries.item.astype(np.int64)).to(scores.device)
+            scores = scores.index_put((row, column), scores.new_tensor(-torch.inf))
+        if lists is not None:
+            lists.add(top_k(scores, min(lists.k, n_items))[1].cpu().numpy(), queries)
+        if sampled is not None:
+            scores = _keep_sample(scores, case, target, sampled, generator)
+        part = _places(scores, case, target, tie_order)
+        in_history += int(np.isinf(part.above).sum())
+        parts.append(part)
+    places = _join(parts)
+    suffix = f"~{sampled}neg" if sampled is not None else ""
+    per_case = {metric.name + suffix: compute(metric, places) for metric in wanted if not metric.beyond}
+    means = {name: float(values.mean()) for name, values in per_case.items()}
+    if lists is not None:
+        means.update(lists.values())
+    order = [metric.name + ("" if metric.beyond else suffix) for metric in wanted]
+    best = np.full(len(cases), np.inf)
+    np.minimum.at(best, places.case, places.above + (places.equal - 1) / 2 + 1)
+    first_target = cases.log.item[cases.stop]
+    return Evaluation(
+        metrics={name: means[name] for name in order},
+        per_case=per_case,
+        rank=best,
+        user=cases.user,
+        history_length=cases.stop - cases.start,
+        target_popularity=train.item_counts[first_target] if train is not None else np.zeros(len(cases), np.int64),
+        protocol={
+            "exclude": exclude,
+            "candidates": "all items" if sampled is None else f"{sampled} sampled items (biased)",
+            "cases": len(cases),
+            "targets_in_history": in_history if exclude == "history" else 0,
+        },
+    )
+
+
+def _targets(cases: Cases, first: int, last: int, n_items: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The distinct (case, item) targets of a block; cases count from 0 within it."""
+    item, offsets = cases.targets(first, last)
+    keys = np.repeat(np.arange(last - first), np.diff(offsets)) * n_items + item
+    if len(keys) > last - first:
+        keys = np.unique(keys)
+    return keys // n_items, keys % n_items
+
+
+def _places(scores: Tensor, case: NDArray[np.int64], target: NDArray[np.int64], tie_order: Tensor) -> Places:
+    """Where the targets stand among the finite scores `(B, n_items)`."""
+    rows, columns = torch.from_numpy(case).to(scores.device), torch.from_numpy(target).to(scores.device)
+    own = scores[rows, columns]
+    if len(case) == len(scores):  # one target each: counting beats sorting
+        above = (scores > own.unsqueeze(1)).sum(1)
+        equal = (scores == own.unsqueeze(1)).sum(1)
+    else:
+        ascending = scores.sort(dim=1).values
+        width = int(np.bincount(case).max())
+        slot = torch.from_numpy(np.arange(len(case)) - np.searchsorted(case, case)).to(scores.device)
+        padded = scores.new_full((len(scores), width), torch.inf)
+        padded[rows, slot] = own
+        left = torch.searchsorted(ascending, padded)[rows, slot]
+        right = torch.searchsorted(ascending, padded, right=True)[rows, slot]
+        above, equal = scores.shape[1] - right, right - left
+    broken = above + 1
+    tied = torch.nonzero(equal > 1).squeeze(1)
+    tie_order = tie_order.to(scores.device)
+    for piece in tied.split(max(1, BLOCK_CELLS // scores.shape[1])):
+        same = scores[rows[piece]] == own[piece].unsqueeze(1)
+        before = tie_order.unsqueeze(0) < tie_order[columns[piece]].unsqueeze(1)
+        broken[piece] += (same & before).sum(1)
+    banned = torch.isneginf(own).cpu().numpy()
+    finite = (~torch.isneginf(scores)).sum(1).cpu().numpy().astype(np.float64)
+    candidates = finite + np.bincount(case[banned], minlength=len(scores))
+    as_float = [value.cpu().numpy().astype(np.float64) for value in (above, equal, broken)]
+    as_float[0][banned], as_float[1][banned], as_float[2][banned] = np.inf, 1.0, np.inf
+    return Places(case, as_float[0], as_float[1], as_float[2], candidates, len(scores))
+
+
+def _join(parts: list[Places]) -> Places:
+    shift = np.cumsum([0, *(part.n_cases for part in parts)])
+    return Places(
+        np.concatenate([part.case + start for part, start in zip(parts, shift, strict=False)]),
+        np.concatenate([part.above for part in parts]),
+        np.concatenate([part.equal for part in parts]),
+        np.concatenate([part.broken for part in parts]),
+        np.concatenate([part.candidates for part in parts]),
+        int(shift[-1]),
+    )
+
+
+def _keep_sample(
+    scores: Tensor, case: NDArray[np.int64], target: NDArray[np.int64], sampled: int, generator: torch.Generator
+) -> Tensor:
+    """Scores in which only the targets and `sampled` other candidates, drawn without replacement, are left."""
+    rows, columns = torch.from_numpy(case).to(scores.device), torch.from_numpy(target).to(scores.device)
+    keys = torch.rand(scores.shape, generator=generator).to(scores.device)
+    keys[torch.isneginf(scores)] = -1
+    keys[rows, columns] = -1
+    drawn, index = keys.topk(min(sampled, scores.shape[1]), dim=1)
+    kept = torch.full_like(scores, -torch.inf)
+    kept.scatter_(1, index, torch.where(drawn >= 0, scores.gather(1, index), scores.new_tensor(-torch.inf)))
+    kept[rows, columns] = scores[rows, columns]
+    return kept
