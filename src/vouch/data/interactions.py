@@ -175,7 +175,8 @@ class Interactions:
         import scipy.sparse
 
         data = np.ones(len(self), dtype=np.float32)
-        matrix = scipy.sparse.csr_matrix((data, self.item, self.offsets), shape=(self.n_users, self.n_items))
+        indices, bounds = np.array(self.item), np.array(self.offsets)  # summing duplicates sorts in place
+        matrix = scipy.sparse.csr_matrix((data, indices, bounds), shape=(self.n_users, self.n_items))
         matrix.sum_duplicates()
         if binary:
             matrix.data[:] = 1.0

@@ -213,8 +213,10 @@ def _temporal(log: Interactions, valid_share: float, test_share: float) -> Parts
         )
     start, end = log.offsets[:-1], log.offsets[1:]
 
+    times = log.time
+
     def first_at_or_after(moment: int) -> NDArray[np.int64]:
-        late = np.concatenate([np.zeros(1, np.int64), np.cumsum(log.time >= moment, dtype=np.int64)])
+        late = np.concatenate([np.zeros(1, np.int64), np.cumsum(times >= moment, dtype=np.int64)])
         return end - (late[end] - late[start])
 
     at_valid, at_test = first_at_or_after(cut_valid), first_at_or_after(cut_test)
@@ -262,18 +264,23 @@ def _why_short(log: Interactions) -> str:
 def check_leaks(made: Split) -> None:
     """Verify that nothing asked for was trained on.
 
+    The training rows of a user must be no more than come before the first row asked of that user (the log is sorted,
+    so they are the same rows); for `temporal`, no training row may be as late as the first target; for `session`, an
+    asked-for session may have no training row at all.
+
     Raises:
-        DataError: a validation or test row is among the training rows, or, for `temporal`, a training row is later
-            than the first target.
+        DataError: one of these fails.
     """
-    log = made.dataset.interactions
-    asked = np.zeros(len(log), dtype=bool)
-    for cases in (made.valid, made.test):
-        rows, _ = flat_rows(cases.stop, cases.target_stop)
-        asked[rows] = True
-    if len(made.train) + int(asked.sum()) > len(log):
-        raise DataError("training rows and asked-for rows overlap")
+    log, train = made.dataset.interactions, made.train
+    for name, cases in (("validation", made.valid), ("test", made.test)):
+        owner = np.searchsorted(log.offsets, cases.stop, side="right") - 1
+        allowed = np.zeros(len(cases), np.int64) if made.protocol == "session" else cases.stop - cases.start
+        trained = train.lengths[owner]
+        bad = np.flatnonzero(trained > allowed)
+        if len(bad):
+            user = log.users.id(int(owner[bad[0]]))
+            raise DataError(f"{name} asks user {user!r} for rows that were trained on")
     if made.protocol == "temporal":
-        assert log.time is not None and made.train.time is not None
-        if int(made.train.time.max()) >= int(made.settings["valid_from"]):
+        assert train.time is not None
+        if int(train.time.max()) >= int(made.settings["valid_from"]):
             raise DataError("a training row is later than the validation cut")

@@ -17,8 +17,8 @@ from vouch.evaluation.beyond import Lists
 from vouch.evaluation.metrics import DEFAULT_METRICS, Places, compute, parse_metric
 from vouch.nn.topk import top_k
 
-BLOCK_CELLS = 1 << 24
-"""Scores held at once: 64 MiB of float32."""
+BLOCK_CELLS = 1 << 22
+"""Scores held at once: 16 MiB of float32, small enough for the allocator to reuse."""
 
 
 class Scorer(Protocol):
@@ -40,7 +40,7 @@ class Evaluation:
         user: int32 `(Q,)` user codes.
         history_length: int64 `(Q,)`.
         target_popularity: int64 `(Q,)` training count of the first target (0 without `train`).
-        protocol: how it was measured: `exclude`, `candidates`, `cases`, `targets_in_history`.
+        protocol: how it was measured: `exclude`, `ties`, `candidates`, `cases`, `targets_in_history`.
     """
 
     metrics: dict[str, float]
@@ -83,6 +83,7 @@ def evaluate(
     exclude: Literal["history", "none"] = "history",
     train: Interactions | None = None,
     catalog: Catalog | None = None,
+    ties: Literal["expected", "midrank"] = "expected",
     sampled: int | None = None,
     seed: int = 0,
 ) -> Evaluation:
@@ -93,6 +94,7 @@ def evaluate(
             `ILD@10`, `PopularityBias@10`. The last five describe the lists; all but ILD need `train`, ILD `catalog`.
         exclude: `history` takes every item of the query's history out of the ranking (a target among them is a miss,
             and counted in `protocol`); `none` ranks all.
+        ties: how equal scores are settled, see `vouch.evaluation.metrics`.
         sampled: rank the targets among this many uniformly drawn other items instead of all. Such values are biased
             and can reverse the order of models (Krichene and Rendle, KDD 2020); they are named apart.
         seed: of the sampled candidates.
@@ -106,6 +108,8 @@ def evaluate(
         raise DataError("there is no case to evaluate", hint="check the split")
     if exclude not in ("history", "none"):
         raise ConfigError(f"exclude is {exclude!r}; it must be 'history' or 'none'")
+    if ties not in ("expected", "midrank"):
+        raise ConfigError(f"ties is {ties!r}; it must be 'expected' or 'midrank'")
     n_items = cases.log.n_items
     if sampled is not None and not 1 <= sampled:
         raise ConfigError(f"sampled is {sampled}; it must be at least 1")
@@ -135,7 +139,7 @@ def evaluate(
         part = _places(scores, case, target, tie_order)
         in_history += int(np.isinf(part.above).sum())
         parts.append(part)
-    places = _join(parts)
+    places = _join(parts, ties)
     suffix = f"~{sampled}neg" if sampled is not None else ""
     per_case = {metric.name + suffix: compute(metric, places) for metric in wanted if not metric.beyond}
     means = {name: float(values.mean()) for name, values in per_case.items()}
@@ -154,6 +158,7 @@ def evaluate(
         target_popularity=train.item_counts[first_target] if train is not None else np.zeros(len(cases), np.int64),
         protocol={
             "exclude": exclude,
+            "ties": ties,
             "candidates": "all items" if sampled is None else f"{sampled} sampled items (biased)",
             "cases": len(cases),
             "targets_in_history": in_history if exclude == "history" else 0,
@@ -201,7 +206,7 @@ def _places(scores: Tensor, case: NDArray[np.int64], target: NDArray[np.int64], 
     return Places(case, as_float[0], as_float[1], as_float[2], candidates, len(scores))
 
 
-def _join(parts: list[Places]) -> Places:
+def _join(parts: list[Places], ties: str) -> Places:
     shift = np.cumsum([0, *(part.n_cases for part in parts)])
     return Places(
         np.concatenate([part.case + start for part, start in zip(parts, shift, strict=False)]),
@@ -210,6 +215,7 @@ def _join(parts: list[Places]) -> Places:
         np.concatenate([part.broken for part in parts]),
         np.concatenate([part.candidates for part in parts]),
         int(shift[-1]),
+        ties,
     )
 
 

@@ -1,15 +1,21 @@
-"""Ranking metrics from the places of the targets; ties are settled by expectation, so luck has no part.
+"""Ranking metrics from the places of the targets; ties are settled by a rule, so luck has no part.
 
 For a target with `b` candidates strictly above it and `g` candidates of its own score (itself included), a fair coin
-would place it at `b + 1 .. b + g` with equal chance. NDCG, Recall and Precision are sums over targets, so their
-expectation is exact and is what is reported; so are HR and MRR where there is one target. With constant scores each
-of them is at chance level. HR, MRR and MAP of several targets are not sums: there, equal scores are placed in the
-order of one fixed random permutation of the items.
+would place it at `b + 1 .. b + g` with equal chance. Two rules are offered:
+
+- `expected` (default): the metric's expectation over those places. Constant scores are then exactly at chance level.
+- `midrank`: the metric at the middle place `b + (g + 1) / 2`, as some published tables do. It favours no one either,
+  but a wide tie at the top counts as a miss.
+
+NDCG, Recall and Precision are sums over targets, so their expectation is exact; so are HR and MRR where there is one
+target. HR, MRR and MAP of several targets are not sums: there, under both rules, equal scores are placed in the order
+of one fixed random permutation of the items.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +77,7 @@ class Places:
         broken: float64 `(T,)` rank from 1 with ties placed by the fixed permutation; inf as above.
         candidates: float64 `(Q,)` candidates of each case, targets included.
         n_cases: Q.
+        ties: the rule, `expected` or `midrank`.
     """
 
     case: NDArray[np.int64]
@@ -79,15 +86,16 @@ class Places:
     broken: Floats
     candidates: Floats
     n_cases: int
+    ties: str = "expected"
 
     @property
     def n_targets(self) -> Floats:
         """float64 `(Q,)` targets of each case."""
-        return np.bincount(self.case, minlength=self.n_cases).astype(np.float64)
+        return np.asarray(np.bincount(self.case, minlength=self.n_cases), dtype=np.float64)
 
     def sum(self, values: Floats) -> Floats:
         """Sums of a value per target `(T,)` over each case `(Q,)`."""
-        return np.bincount(self.case, weights=values, minlength=self.n_cases)
+        return np.asarray(np.bincount(self.case, weights=values, minlength=self.n_cases), dtype=np.float64)
 
 
 def compute(metric: Metric, places: Places) -> Floats:
@@ -95,18 +103,18 @@ def compute(metric: Metric, places: Places) -> Floats:
     one = bool((places.n_targets == 1).all())
     if metric.family == "NDCG":
         assert metric.k is not None
-        discounts = 1 / np.log2(np.arange(2, metric.k + 2))
-        gain = places.sum(_expected(places, discounts))
-        ideal = np.concatenate([[0.0], np.cumsum(discounts)])
+        gain = places.sum(_gain(places, lambda rank: 1 / np.log2(rank + 1), metric.k))
+        ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, metric.k + 2)))])
         return gain / ideal[np.minimum(places.n_targets, metric.k).astype(np.int64)]
     if metric.family in ("Recall", "Precision") or (metric.family == "HR" and one):
         assert metric.k is not None
-        hits = places.sum(_expected(places, np.ones(metric.k)))
+        hits = places.sum(_gain(places, np.ones_like, metric.k))
         return hits / (metric.k if metric.family == "Precision" else places.n_targets)
     if metric.family == "HR":
+        assert metric.k is not None
         return places.sum((places.broken <= metric.k).astype(np.float64)).clip(max=1.0)
     if metric.family == "MRR" and one:
-        return places.sum(_expected_reciprocal(places, metric.k))
+        return places.sum(_reciprocal(places, metric.k))
     if metric.family == "MRR":
         first = np.full(places.n_cases, np.inf)
         np.minimum.at(first, places.case, places.broken)
@@ -116,18 +124,24 @@ def compute(metric: Metric, places: Places) -> Floats:
     return _auc(places)
 
 
-def _expected(places: Places, gains: Floats) -> Floats:
-    """Expected gain of each target, where place `r` (from 1) is worth `gains[r - 1]` and later ones nothing."""
-    total = np.concatenate([[0.0], np.cumsum(gains)])
-    low = np.minimum(places.above, len(gains)).astype(np.int64)
-    high = np.minimum(places.above + places.equal, len(gains)).astype(np.int64)
+def _gain(places: Places, worth: Callable[[Floats], Floats], k: int) -> Floats:
+    """What each target earns `(T,)`, where place `r` up to `k` is worth `worth(r)` and later ones nothing."""
+    if places.ties == "midrank":
+        rank = places.above + (places.equal + 1) / 2
+        return np.where(rank <= k, worth(np.minimum(rank, k)), 0.0)
+    total = np.concatenate([[0.0], np.cumsum(worth(np.arange(1, k + 1, dtype=np.float64)))])
+    low = np.minimum(places.above, k).astype(np.int64)
+    high = np.minimum(places.above + places.equal, k).astype(np.int64)
     return (total[high] - total[low]) / places.equal
 
 
-def _expected_reciprocal(places: Places, k: int | None) -> Floats:
-    """Expected `1 / rank` of each target: a difference of harmonic numbers, by digamma."""
+def _reciprocal(places: Places, k: int | None) -> Floats:
+    """`1 / rank` of each target; its expectation over a tie is a difference of harmonic numbers, by digamma."""
     from scipy.special import digamma
 
+    if places.ties == "midrank":
+        rank = places.above + (places.equal + 1) / 2
+        return np.where(rank <= (k or np.inf), 1 / rank, 0.0)
     allowed = np.isfinite(places.above)
     low = np.where(allowed, places.above, 0.0)
     high = low + places.equal
@@ -157,9 +171,5 @@ def _auc(places: Places) -> Floats:
     others = n - m
     with np.errstate(invalid="ignore", divide="ignore"):
         value = (places.sum(midrank) - m * (m + 1) / 2) / (m * others)
-    return np.where(others > 0, value, 0.5)
+    return np.where(others > 0, value, 0.5)  # nothing to stand above: chance level
 
-
-def to_plain(values: dict[str, Any]) -> dict[str, float]:
-    """Metric values as plain floats."""
-    return {name: float(value) for name, value in values.items()}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vouch import registry
-from vouch.config import Config
+from vouch.config import Config as BaseConfig
 from vouch.data import Interactions, Queries, Query, Split, Vocabulary
 from vouch.errors import ConfigError, DataError, StorageError
 from vouch.files import atomic_directory, read_json, write_json
@@ -53,9 +53,9 @@ class Recommender(ABC):
     """
 
     card: ClassVar[Card]
-    Config: ClassVar[type[Config]]
+    Config: ClassVar[type[BaseConfig]]
 
-    def __init__(self, config: Config | None = None, **settings: Any) -> None:
+    def __init__(self, config: BaseConfig | None = None, **settings: Any) -> None:
         """Take a config, or its settings by name: `SASRec(epochs=20)`."""
         if config is not None and settings:
             raise ConfigError("give a config or settings, not both")
@@ -90,7 +90,7 @@ class Recommender(ABC):
     # What a method may add ------------------------------------------------------------------------------------
 
     def query_vectors(self, queries: Queries) -> Tensor | None:
-        """`(B, D)` or `(B, K, D)` vectors whose products with `item_vectors` rank items; None if it does not factorise."""
+        """`(B, D)` or `(B, K, D)` vectors whose products with `item_vectors` rank items, or None."""
         del queries
         return None
 

@@ -1,1 +1,1 @@
-
+"""Recommenders that look at who took what, not at the order."""

@@ -1,1 +1,1 @@
-
+"""Recommenders that look at the order of a history."""
