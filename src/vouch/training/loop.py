@@ -23,6 +23,10 @@ FLUSH = 500
 """Steps between two looks at the losses: reading one waits for the device, so they are read together."""
 
 
+EXTENDABLE = ("epochs", "patience", "adversarial_epochs")
+"""Settings that a resumed run may change: they say when to stop, not what is learned."""
+
+
 class Batches(Protocol):
     """What `fit` trains on."""
 
@@ -128,17 +132,10 @@ class _Loop:
             self._resume()
         path = None if self.run.path is None or self.fabric.global_rank else self.run.path / "log.jsonl"
         settings = self.config.model_dump(mode="json")
-        stopped = "finished"
         with TrainingLog(path, mlflow=self.run.mlflow, settings=settings, keep=self.state.epoch) as log:
             try:
-                while self.state.epoch < self.config.epochs:
+                while (stopped := self._why_stop()) is None:
                     self._epoch(log)
-                    if self.state.waited >= self.config.patience:
-                        stopped = "patience"
-                        break
-                    if self.run.max_seconds is not None and self.state.seconds >= self.run.max_seconds:
-                        stopped = "time"
-                        break
             finally:  # also after Ctrl-C, which then goes on to the caller
                 if self.best is not None:
                     self.raw.load_state_dict(self.best)
@@ -152,6 +149,15 @@ class _Loop:
             stopped=stopped,
             history=state.history,
         )
+
+    def _why_stop(self) -> str | None:
+        if self.state.waited >= self.config.patience:
+            return "patience"
+        if self.state.epoch >= self.config.epochs:
+            return "finished"
+        if self.run.max_seconds is not None and self.state.seconds >= self.run.max_seconds:
+            return "time"
+        return None
 
     def _epoch(self, log: TrainingLog) -> None:
         state, begin = self.state, time.perf_counter()
@@ -265,7 +271,7 @@ class _Loop:
         found = load_checkpoint(folder / "last")
         progress = dict(found.progress)
         before, now = progress.pop("config"), self.config.model_dump(mode="json")
-        changed = [k for k in now if k not in ("epochs", "patience") and before.get(k) != now[k]]
+        changed = [k for k in now if k not in EXTENDABLE and before.get(k) != now[k]]
         if changed or progress.pop("seed") != self.run.seed:
             name = changed[0] if changed else "seed"
             raise ConfigError(

@@ -12,6 +12,8 @@ from torch import Tensor
 from vouch.data import Interactions
 from vouch.errors import ConfigError, TrainingError
 
+TABLE_CELLS = 1 << 27
+"""Largest user-by-item table of bytes kept for membership tests (128 MiB); above it, binary search."""
 ROUNDS = 12
 """Redraws before the few draws that still hit are made exactly from what is left."""
 
@@ -50,7 +52,13 @@ class NegativeSampler:
         self._cumulative[-1] = 1.0
         # Known pairs as sorted keys user * N + item, for membership tests by binary search.
         keys = log.user.astype(np.int64) * log.n_items + log.item if avoid_known else np.zeros(0, np.int64)
-        self._keys = np.unique(keys)
+        self._keys: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._table: NDArray[np.bool_] | None = None
+        if log.n_users * log.n_items <= TABLE_CELLS:  # a table answers ten times faster
+            self._table = np.zeros(log.n_users * log.n_items, dtype=bool)
+            self._table[keys] = True
+        else:
+            self._keys = np.unique(keys)
 
     def log_q(self) -> Tensor:
         """float32 `(n_items,)` log of the probability of each item to be drawn (-inf where it never is)."""
@@ -66,6 +74,8 @@ class NegativeSampler:
     def is_known(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether each (user, item) pair, broadcast together, is in the training log."""
         wanted = users * self.n_items + items
+        if self._table is not None:
+            return self._table[wanted]
         if len(self._keys) == 0:
             return np.zeros(wanted.shape, dtype=bool)
         place = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)

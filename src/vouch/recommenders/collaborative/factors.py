@@ -1,0 +1,222 @@
+"""What BPR-MF and APR share: two tables of factors, triples to train on, and the gradient of BPR in closed form.
+
+Shapes: `U` users, `N` items, `D` hidden size, `B` triples in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vouch.config import Span, setting
+from vouch.data import Interactions, Queries, Split
+from vouch.errors import DataError
+from vouch.evaluation import evaluate
+from vouch.recommenders.base import Recommender
+from vouch.training import NegativeSampler, TrainConfig
+
+SLAB = 1 << 20
+"""Positives whose negatives are drawn in one go."""
+DENSE_SHARE = 16
+"""A gradient is kept as rows when the table has this many times more rows than the batch touches."""
+
+
+class FactorConfig(TrainConfig):
+    """Settings of matrix factorisation by pairwise ranking."""
+
+    hidden_size: int = setting(64, "length of the user and item vectors", ge=1)
+    epochs: int = setting(300, "most passes over the training pairs", ge=1)
+    batch_size: int = setting(2048, "pairs of one batch; the loss is their sum", ge=1)
+    learning_rate: float = setting(0.05, "Adagrad's step size", gt=0, search=Span(0.01, 0.2, log=True))
+    regularization: float = setting(
+        0.0, "weight of the squared norms of the vectors in a triple", ge=0, search=Span(1e-4, 1e-1, log=True)
+    )
+    patience: int = setting(10, "evaluations without a better value before training stops", ge=1)
+    evaluate_every: int = setting(5, "epochs between two validations", ge=1)
+    init_std: float = setting(0.01, "standard deviation of the initial vectors (normal, cut at two of them)", gt=0)
+
+
+class Factors(nn.Module):
+    """User vectors `(U, D)` and item vectors `(N, D)`; no biases."""
+
+    def __init__(self, n_users: int, n_items: int, hidden_size: int, init_std: float = 0.01) -> None:
+        super().__init__()
+        self.user = nn.Parameter(torch.empty(n_users, hidden_size))
+        self.item = nn.Parameter(torch.empty(n_items, hidden_size))
+        for table in (self.user, self.item):
+            nn.init.trunc_normal_(table, std=init_std, a=-2 * init_std, b=2 * init_std)
+
+
+class Triples:
+    """Every training pair once an epoch, shuffled, each with `n` freshly drawn items that the user does not have."""
+
+    def __init__(self, log: Interactions, batch_size: int, *, negatives: int = 1) -> None:
+        if (log.lengths == 0).all():
+            raise DataError("the training log is empty")
+        self.log, self.batch_size, self.n = log, batch_size, negatives
+        self.user, self.item = log.user.astype(np.int64), log.item.astype(np.int64)
+        self.sampler = NegativeSampler(log)
+
+    def __len__(self) -> int:
+        return -(-len(self.log) // self.batch_size)
+
+    def epoch(self, generator: np.random.Generator, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of users `(B,)`, positives `(B,)` and negatives `(B, n)`; the last may be shorter."""
+        order = generator.permutation(len(self.log))
+        slab = max(1, SLAB // self.batch_size) * self.batch_size
+        for start in range(0, len(order), slab):
+            rows = order[start : start + slab]
+            user, item = torch.from_numpy(self.user[rows]), torch.from_numpy(self.item[rows])
+            drawn = torch.from_numpy(self.sampler.sample(self.user[rows], self.n, generator))
+            for first in range(0, len(rows), self.batch_size):
+                mine = slice(first + rank, first + self.batch_size, world) if world > 1 else slice(first, first + self.batch_size)
+                yield user[mine], item[mine], drawn[mine]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A gradient on some rows of a table: distinct row numbers `(R,)` and values `(R, D)`."""
+
+    index: Tensor
+    values: Tensor
+
+    def onto(self, table: nn.Parameter) -> Tensor:
+        """As a gradient of the whole table: dense, or sparse where few of many rows are touched."""
+        if len(table) == len(self.index):
+            return self.values
+        if len(table) > DENSE_SHARE * len(self.index):
+            return torch.sparse_coo_tensor(
+                self.index.unsqueeze(0), self.values, table.shape, is_coalesced=True, check_invariants=False
+            )
+        return torch.zeros_like(table).index_copy_(0, self.index, self.values)
+
+
+@dataclass(frozen=True)
+class Touched:
+    """The distinct users and items of a batch of triples, and where each triple's own lie among them.
+
+    A table that is small beside the batch is taken whole: finding its distinct rows would cost more than it saves.
+    """
+
+    users: Tensor
+    items: Tensor
+    u: Tensor
+    i: Tensor
+    j: Tensor
+
+    @classmethod
+    def by(cls, factors: Factors, user: Tensor, positive: Tensor, negative: Tensor) -> Touched:
+        """Coalesce triples `(B,)` each."""
+        users, u = _distinct(user, len(factors.user))
+        items, both = _distinct(torch.cat([positive, negative]), len(factors.item))
+        return cls(users, items, u, both[: len(u)], both[len(u) :])
+
+
+def _distinct(codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    if size <= 4 * len(codes):
+        return torch.arange(size, device=codes.device), codes
+    return torch.unique(codes, return_inverse=True)
+
+
+def bpr_gradient(p: Tensor, q: Tensor, t: Touched) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of `softplus(-(s+ - s-))` over the triples, and its gradient on the touched rows.
+
+    Args:
+        p, q: vectors of the touched users `(Ru, D)` and items `(Ri, D)`.
+
+    Returns:
+        The loss, the gradient of `p`, the gradient of `q`; a row's gradient sums over all its triples.
+    """
+    pu = p.index_select(0, t.u)  # (B, D)
+    difference = q.index_select(0, t.i) - q.index_select(0, t.j)  # (B, D)
+    margin = torch.linalg.vecdot(pu, difference)
+    slope = -torch.sigmoid(-margin).unsqueeze(1)  # d loss / d margin
+    grad_p = torch.zeros_like(p).index_add_(0, t.u, slope * difference)
+    pull = slope * pu
+    grad_q = torch.zeros_like(q).index_add_(0, t.i, pull).index_add_(0, t.j, pull, alpha=-1)
+    return F.softplus(-margin).sum(), grad_p, grad_q
+
+
+def penalty_gradient(p: Tensor, q: Tensor, t: Touched, weight: float) -> tuple[Tensor, Tensor]:
+    """Gradient of `weight * (|p_u|^2 + |q_i|^2 + |q_j|^2)` summed over the triples."""
+    times_p = torch.bincount(t.u, minlength=len(p)).unsqueeze(1)
+    times_q = (torch.bincount(t.i, minlength=len(q)) + torch.bincount(t.j, minlength=len(q))).unsqueeze(1)
+    return 2 * weight * times_p * p, 2 * weight * times_q * q
+
+
+def adagrad(factors: Factors, learning_rate: float, batch_size: int) -> torch.optim.Optimizer:
+    """Adagrad with its accumulators at 0.1, as in the published code of APR."""
+    dense = all(len(table) <= DENSE_SHARE * batch_size for table in (factors.user, factors.item))
+    extra = {"fused": True} if dense and factors.user.device.type == "cpu" else {}
+    return torch.optim.Adagrad(factors.parameters(), lr=learning_rate, initial_accumulator_value=0.1, **extra)
+
+
+class FactorRecommender(Recommender):
+    """What a recommender over `Factors` does once it is trained.
+
+    A known user is scored with the learned vector; its history only excludes items. A history of an unseen user is
+    folded in: the vector that minimises `sum_history (1 - p.q)^2 + w sum_all (p.q)^2 + ridge |p|^2` over fixed item
+    vectors, as in weighted least squares for implicit feedback, solved in closed form. Its length does not matter for
+    the ranking.
+    """
+
+    factors: Factors
+    FOLD_WEIGHT = 0.05
+
+    def score(self, queries: Queries) -> Tensor:
+        """Products of the query vectors and the item vectors."""
+        return self.query_vectors(queries) @ self.item_vectors().T
+
+    def query_vectors(self, queries: Queries) -> Tensor:
+        """`(B, D)`: learned vectors of known users, folded-in vectors of bare histories."""
+        user = torch.from_numpy(queries.user.astype(np.int64))
+        table = self.factors.user.detach()
+        vectors = table[user.clamp(min=0)].clone()
+        unseen = np.flatnonzero(queries.user < 0)
+        if len(unseen):
+            vectors[torch.from_numpy(unseen)] = self._fold_in(queries, unseen)
+        return vectors
+
+    def item_vectors(self) -> Tensor:
+        """`(N, D)`."""
+        return self.factors.item.detach()
+
+    def _fold_in(self, queries: Queries, rows: np.ndarray) -> Tensor:
+        items = self.item_vectors()
+        size = items.shape[1]
+        if not hasattr(self, "_gram"):
+            gram = self.FOLD_WEIGHT * items.T @ items
+            self._gram = gram + 1e-3 * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(size)
+        out = items.new_zeros(len(rows), size)
+        for first in range(0, len(rows), 512):  # (512, D, D) systems at once
+            part = rows[first : first + 512]
+            histories = [queries.history(int(row)) for row in part]
+            owner = torch.from_numpy(np.repeat(np.arange(len(part)), [len(history) for history in histories]))
+            vectors = items[torch.from_numpy(np.concatenate([*histories, np.zeros(0, np.int32)]).astype(np.int64))]
+            right = items.new_zeros(len(part), size).index_add_(0, owner, vectors)
+            left = self._gram.repeat(len(part), 1, 1)
+            for rows_at_once in torch.arange(len(vectors)).split(1 << 14):
+                outer = vectors[rows_at_once].unsqueeze(2) * vectors[rows_at_once].unsqueeze(1)
+                left.index_add_(0, owner[rows_at_once], outer)
+            out[first : first + 512] = torch.linalg.solve(left, right)
+        return out
+
+    def validation(self, split: Split, monitor: str) -> dict[str, float]:
+        """Metrics on the validation cases with the current factors."""
+        return evaluate(self, split.valid, metrics=[monitor], train=split.train).metrics
+
+    def state(self) -> dict[str, Tensor]:
+        """`user` `(U, D)` and `item` `(N, D)`."""
+        return {"user": self.factors.user.detach(), "item": self.factors.item.detach()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take the factors back."""
+        self.factors = Factors(*state["user"].shape[:1], *state["item"].shape)
+        with torch.no_grad():
+            self.factors.user.copy_(state["user"])
+            self.factors.item.copy_(state["item"])
