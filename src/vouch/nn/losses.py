@@ -114,3 +114,23 @@ def sampled_softmax(
     other = other.masked_fill(negatives == target.unsqueeze(-1), -torch.inf)
     logits = torch.cat([positive.float(), other], dim=-1)
     return mean(torch.logsumexp(logits, dim=-1) - logits[:, 0], weight)
+
+
+def top1(positive: Tensor, negative: Tensor, weight: Tensor | None = None) -> Tensor:
+    """GRU4Rec's `mean_j sigmoid(s_j - s+) + sigmoid(s_j^2)` (arXiv 1511.06939) of `(T,)` and `(T, n)`."""
+    apart = torch.sigmoid(negative - positive.unsqueeze(-1)) + torch.sigmoid(negative.square())
+    return mean(_over_finite(apart, negative), weight)
+
+
+def bpr_max(positive: Tensor, negative: Tensor, *, penalty: float = 1.0, weight: Tensor | None = None) -> Tensor:
+    """GRU4Rec's BPR-max (arXiv 1706.03847, eq. 10) of `(T,)` and `(T, n)`: negatives weighted by their softmax."""
+    share = torch.softmax(negative, dim=-1)
+    finite = negative.masked_fill(torch.isneginf(negative), 0.0)
+    above = torch.log((share * torch.sigmoid(positive.unsqueeze(-1) - finite)).sum(-1).clamp(min=1e-24))
+    return mean(-above + penalty * (share * finite.square()).sum(-1), weight)
+
+
+def _over_finite(values: Tensor, negative: Tensor) -> Tensor:
+    """Mean over the negatives that are not masked with -inf."""
+    kept = ~torch.isneginf(negative)
+    return (values * kept).sum(-1) / kept.sum(-1).clamp(min=1)

@@ -100,10 +100,12 @@ class APR(FactorRecommender):
             else:
                 aside = replace(run, path=None if run.path is None else run.path / "pretrain")
                 first = self._phase(split, batches, aside, "none", config.epochs)
+        self._gram = None
         if config.adversarial_epochs == 0 and first is not None:
             return first
         # Other negatives and another order than in phase one.
         second = self._phase(split, batches, replace(run, seed=run.seed + 1), config.adversary, config.adversarial_epochs)
+        self._gram = None
         if first is None:
             return second
         return replace(second, seconds=first.seconds + second.seconds, epochs=first.epochs + second.epochs)

@@ -59,7 +59,7 @@ class BPR(FactorRecommender):
             self.factors = Factors(split.train.n_users, split.train.n_items, config.hidden_size, config.init_std)
             if start is not None:
                 self.factors.load_state_dict(start.state_dict())
-            return fit(
+            report = fit(
                 self.factors,
                 Triples(split.train, config.batch_size),
                 config=config,
@@ -68,6 +68,8 @@ class BPR(FactorRecommender):
                 step=self._step,
                 validate=lambda: self.validation(split, config.monitor),
             )
+        self._gram = None
+        return report
 
     @torch.no_grad()
     def _step(self, model: Any, batch: Any, optimizer: torch.optim.Optimizer, fabric: Any) -> dict[str, Tensor]:

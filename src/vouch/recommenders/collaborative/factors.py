@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vouch.config import Span, setting
@@ -167,6 +168,7 @@ class FactorRecommender(Recommender):
 
     factors: Factors
     FOLD_WEIGHT = 0.05
+    _gram: Tensor | None = None  # (D, D) of the weighted sum over all items, kept while the factors stay
 
     def score(self, queries: Queries) -> Tensor:
         """Products of the query vectors and the item vectors."""
@@ -186,10 +188,10 @@ class FactorRecommender(Recommender):
         """`(N, D)`."""
         return self.factors.item.detach()
 
-    def _fold_in(self, queries: Queries, rows: np.ndarray) -> Tensor:
+    def _fold_in(self, queries: Queries, rows: NDArray[np.int64]) -> Tensor:
         items = self.item_vectors()
         size = items.shape[1]
-        if not hasattr(self, "_gram"):
+        if self._gram is None:
             gram = self.FOLD_WEIGHT * items.T @ items
             self._gram = gram + 1e-3 * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(size)
         out = items.new_zeros(len(rows), size)
@@ -208,6 +210,7 @@ class FactorRecommender(Recommender):
 
     def validation(self, split: Split, monitor: str) -> dict[str, float]:
         """Metrics on the validation cases with the current factors."""
+        self._gram = None
         return evaluate(self, split.valid, metrics=[monitor], train=split.train).metrics
 
     def state(self) -> dict[str, Tensor]:
@@ -216,6 +219,7 @@ class FactorRecommender(Recommender):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take the factors back."""
+        self._gram = None
         self.factors = Factors(*state["user"].shape[:1], *state["item"].shape)
         with torch.no_grad():
             self.factors.user.copy_(state["user"])
