@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE / ".venvs"
 RESULTS = HERE / "results"
 
-# Exact where a peer is measured; its own dependencies are left to pip. PyTorch is pinned so that the CPU build is taken.
+# Exact where a peer is measured; its own dependencies are left to pip. Pinning PyTorch makes pip take the CPU build.
 PEERS: dict[str, tuple[str, ...]] = {
     "recbole": ("torch==2.13.0", "setuptools<81", "numpy==1.26.4", "pandas<3", "recbole==1.2.1"),
     "rectools": ("torch==2.13.0", "setuptools<81", "numpy==1.26.4", "rectools[torch]==0.19.0"),

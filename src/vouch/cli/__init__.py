@@ -1,1 +1,1 @@
-
+"""The `vouch` command: thin, over the library."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vouch.data import Cases, Catalog, Interactions, Queries
-from vouch.errors import ConfigError, DataError
+from vouch.errors import ConfigError, DataError, did_you_mean
 from vouch.evaluation.beyond import Lists
 from vouch.evaluation.metrics import DEFAULT_METRICS, Places, compute, parse_metric
 from vouch.nn.topk import top_k
@@ -36,11 +36,13 @@ class Evaluation:
     Attributes:
         metrics: means by name. Names of sampled rankings end in `~100neg` (with the number drawn).
         per_case: ranking metrics of each case, float64 `(Q,)`.
-        rank: float64 `(Q,)` mid-rank of the best target, from 1; inf where no target may be recommended.
+        rank: float64 `(Q,)` rank of the best target, from 1, at the middle of its ties; inf where it may not be
+            recommended.
         user: int32 `(Q,)` user codes.
         history_length: int64 `(Q,)`.
         target_popularity: int64 `(Q,)` training count of the first target (0 without `train`).
-        protocol: how it was measured: `exclude`, `ties`, `candidates`, `cases`, `targets_in_history`.
+        protocol: how it was measured: `exclude`, `ties`, `candidates`, `cases`, and the number of targets,
+            `targets_in_history` (misses; counted under `exclude="history"`) and `cold_targets` (not in `train`, where given).
     """
 
     metrics: dict[str, float]
@@ -54,18 +56,33 @@ class Evaluation:
     def __len__(self) -> int:
         return len(self.rank)
 
+    def __repr__(self) -> str:
+        return f"Evaluation({len(self):,} cases: {', '.join(f'{name} {v:.4f}' for name, v in self.metrics.items())})"
+
+    @property
+    def exclude(self) -> str:
+        """What was done with the history: `history` or `none`."""
+        return str(self.protocol["exclude"])
+
     def by_group(self, metric: str, values: NDArray[Any], edges: Sequence[float]) -> list[dict[str, Any]]:
         """Means of a metric by where `values` `(Q,)` fall between `edges` (left closed; the last group is open).
 
         Returns:
-            One row a group that has cases: `{"low", "high", "cases", "mean", "sem"}`.
+            One row a group that has cases: `{"low", "high", "cases", "mean", "sem"}`; the bounds of open ends are None.
+
+        Raises:
+            ConfigError: the metric was not measured by case, or there is not one value a case.
         """
+        if metric not in self.per_case:
+            raise ConfigError(f"{metric!r} was not measured by case", hint=did_you_mean(metric, self.per_case))
+        if len(values) != len(self):
+            raise ConfigError(f"there are {len(values)} values for {len(self)} cases")
         group = np.digitize(values, edges)
         rows = []
         for number in np.unique(group):
             inside = self.per_case[metric][group == number]
-            low = None if number == 0 else edges[number - 1]
-            high = None if number == len(edges) else edges[number]
+            low = None if number == 0 else float(edges[number - 1])
+            high = None if number == len(edges) else float(edges[number])
             sem = float(inside.std(ddof=1) / np.sqrt(len(inside))) if len(inside) > 1 else 0.0
             rows.append({"low": low, "high": high, "cases": len(inside), "mean": float(inside.mean()), "sem": sem})
         return rows
@@ -91,7 +108,7 @@ def evaluate(
 
     Args:
         metrics: names such as `NDCG@10`, `HR@10`, `MRR`, `MAP@10`, `AUC`, `Coverage@10`, `Novelty@10`, `Gini@10`,
-            `ILD@10`, `PopularityBias@10`. The last five describe the lists; all but ILD need `train`, ILD `catalog`.
+            `ILD@10`, `PopularityBias@10`. The last five describe the lists: see `vouch.evaluation.beyond.Lists`.
         exclude: `history` takes every item of the query's history out of the ranking (a target among them is a miss,
             and counted in `protocol`); `none` ranks all.
         ties: how equal scores are settled, see `vouch.evaluation.metrics`.
@@ -101,44 +118,38 @@ def evaluate(
 
     Raises:
         ConfigError: an unknown metric, or one that lacks what it needs.
-        DataError: there is no case, or a score is not a number.
+        DataError: there is no case, a case has no target, or a score is not a number.
     """
-    wanted = [parse_metric(name) for name in dict.fromkeys(metrics)]
-    if len(cases) == 0:
-        raise DataError("there is no case to evaluate", hint="check the split")
-    if exclude not in ("history", "none"):
-        raise ConfigError(f"exclude is {exclude!r}; it must be 'history' or 'none'")
-    if ties not in ("expected", "midrank"):
-        raise ConfigError(f"ties is {ties!r}; it must be 'expected' or 'midrank'")
+    names = [metrics] if isinstance(metrics, str) else metrics
+    wanted = list(dict.fromkeys(parse_metric(name) for name in names))
+    _check(cases, exclude=exclude, ties=ties, train=train, catalog=catalog, sampled=sampled)
     n_items = cases.log.n_items
-    if sampled is not None and not 1 <= sampled:
-        raise ConfigError(f"sampled is {sampled}; it must be at least 1")
     beyond = [metric for metric in wanted if metric.beyond]
     lists = Lists(beyond, n_items, train=train, catalog=catalog) if beyond else None
     generator = torch.Generator().manual_seed(seed)
-    tie_order = torch.randperm(n_items, generator=torch.Generator().manual_seed(0))
     parts: list[Places] = []
-    in_history = 0
+    in_history = cold = 0
     for first, last in cases.blocks(max(1, BLOCK_CELLS // n_items)):
         queries = cases.queries(first, last)
-        scores = model.score_or_popularity(queries)
+        scores = model.score_or_popularity(queries).float()
         if scores.shape != (last - first, n_items):
             raise DataError(f"the model gave scores of shape {tuple(scores.shape)} for {(last - first, n_items)}")
-        if torch.isnan(scores).any():
+        if scores.sum().isnan() and scores.isnan().any():  # the sum is quick, but inf - inf is none either
             raise DataError("the model gave a score that is not a number", hint="train it again")
-        scores = scores.float()
         case, target = _targets(cases, first, last, n_items)
+        rows, columns = torch.from_numpy(case).to(scores.device), torch.from_numpy(target).to(scores.device)
         if exclude == "history":
-            row = torch.from_numpy(np.repeat(np.arange(len(queries)), queries.lengths)).to(scores.device)
-            column = torch.from_numpy(queries.item.astype(np.int64)).to(scores.device)
-            scores = scores.index_put((row, column), scores.new_tensor(-torch.inf))
+            scorable = ~scores[rows, columns].isneginf()
+            scores = _without_history(scores, queries)
+            in_history += int((scorable & scores[rows, columns].isneginf()).sum())
+        if train is not None:
+            cold += int((train.item_counts[target] == 0).sum())
         if lists is not None:
-            lists.add(top_k(scores, min(lists.k, n_items))[1].cpu().numpy(), queries)
+            best, item = top_k(scores, min(lists.k, n_items))
+            lists.add(item.masked_fill(best.isneginf(), -1).cpu().numpy(), queries)
         if sampled is not None:
-            scores = _keep_sample(scores, case, target, sampled, generator)
-        part = _places(scores, case, target, tie_order)
-        in_history += int(np.isinf(part.above).sum())
-        parts.append(part)
+            scores = _keep_sample(scores, rows, columns, sampled, generator)
+        parts.append(_places(scores, rows, columns))
     places = _join(parts, ties)
     suffix = f"~{sampled}neg" if sampled is not None else ""
     per_case = {metric.name + suffix: compute(metric, places) for metric in wanted if not metric.beyond}
@@ -146,13 +157,13 @@ def evaluate(
     if lists is not None:
         means.update(lists.values())
     order = [metric.name + ("" if metric.beyond else suffix) for metric in wanted]
-    best = np.full(len(cases), np.inf)
-    np.minimum.at(best, places.case, places.above + (places.equal - 1) / 2 + 1)
+    rank = np.full(len(cases), np.inf)
+    np.minimum.at(rank, places.case, places.above + (places.equal + 1) / 2)
     first_target = cases.log.item[cases.stop]
     return Evaluation(
         metrics={name: means[name] for name in order},
         per_case=per_case,
-        rank=best,
+        rank=rank,
         user=cases.user,
         history_length=cases.stop - cases.start,
         target_popularity=train.item_counts[first_target] if train is not None else np.zeros(len(cases), np.int64),
@@ -161,9 +172,36 @@ def evaluate(
             "ties": ties,
             "candidates": "all items" if sampled is None else f"{sampled} sampled items (biased)",
             "cases": len(cases),
-            "targets_in_history": in_history if exclude == "history" else 0,
+            "targets": len(places.case),
+            "targets_in_history": in_history,
+            **({"cold_targets": cold} if train is not None else {}),
         },
     )
+
+
+def _check(
+    cases: Cases,
+    *,
+    exclude: str,
+    ties: str,
+    train: Interactions | None,
+    catalog: Catalog | None,
+    sampled: int | None,
+) -> None:
+    if len(cases) == 0:
+        raise DataError("there is no case to evaluate", hint="check the split")
+    if (cases.target_stop <= cases.stop).any():
+        row = int(np.argmax(cases.target_stop <= cases.stop))
+        raise DataError("a case has no target", where=f"case {row}", hint="leave such cases out with cases.take")
+    if exclude not in ("history", "none"):
+        raise ConfigError(f"exclude is {exclude!r}; it must be 'history' or 'none'")
+    if ties not in ("expected", "midrank"):
+        raise ConfigError(f"ties is {ties!r}; it must be 'expected' or 'midrank'")
+    for name, given in (("train", train), ("catalog", catalog)):
+        if given is not None and len(given.items) != cases.log.n_items:
+            raise ConfigError(f"{name} has {len(given.items)} items; the cases have {cases.log.n_items}")
+    if sampled is not None and sampled < 1:
+        raise ConfigError(f"sampled is {sampled}; it must be at least 1")
 
 
 def _targets(cases: Cases, first: int, last: int, n_items: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -175,55 +213,50 @@ def _targets(cases: Cases, first: int, last: int, n_items: int) -> tuple[NDArray
     return keys // n_items, keys % n_items
 
 
-def _places(scores: Tensor, case: NDArray[np.int64], target: NDArray[np.int64], tie_order: Tensor) -> Places:
-    """Where the targets stand among the finite scores `(B, n_items)`."""
-    rows, columns = torch.from_numpy(case).to(scores.device), torch.from_numpy(target).to(scores.device)
+def _without_history(scores: Tensor, queries: Queries) -> Tensor:
+    rows = torch.from_numpy(np.repeat(np.arange(len(queries)), queries.lengths)).to(scores.device)
+    columns = torch.from_numpy(queries.item.astype(np.int64)).to(scores.device)
+    return scores.index_put((rows, columns), scores.new_tensor(-torch.inf))
+
+
+def _places(scores: Tensor, rows: Tensor, columns: Tensor) -> Places:
+    """Where the targets `(rows, columns)` stand among the finite scores `(B, n_items)`."""
     own = scores[rows, columns]
-    if len(case) == len(scores):  # one target each: counting beats sorting
-        above = (scores > own.unsqueeze(1)).sum(1)
-        equal = (scores == own.unsqueeze(1)).sum(1)
+    case = rows.cpu().numpy()
+    if len(rows) == len(scores):  # one target each: counting beats sorting
+        above = torch.count_nonzero(scores > own.unsqueeze(1), dim=1)
+        equal = torch.count_nonzero(scores == own.unsqueeze(1), dim=1)
     else:
         ascending = scores.sort(dim=1).values
-        width = int(np.bincount(case).max())
         slot = torch.from_numpy(np.arange(len(case)) - np.searchsorted(case, case)).to(scores.device)
-        padded = scores.new_full((len(scores), width), torch.inf)
+        padded = scores.new_full((len(scores), int(slot.max()) + 1), torch.inf)
         padded[rows, slot] = own
         left = torch.searchsorted(ascending, padded)[rows, slot]
         right = torch.searchsorted(ascending, padded, right=True)[rows, slot]
         above, equal = scores.shape[1] - right, right - left
-    broken = above + 1
-    tied = torch.nonzero(equal > 1).squeeze(1)
-    tie_order = tie_order.to(scores.device)
-    for piece in tied.split(max(1, BLOCK_CELLS // scores.shape[1])):
-        same = scores[rows[piece]] == own[piece].unsqueeze(1)
-        before = tie_order.unsqueeze(0) < tie_order[columns[piece]].unsqueeze(1)
-        broken[piece] += (same & before).sum(1)
-    banned = torch.isneginf(own).cpu().numpy()
-    finite = (~torch.isneginf(scores)).sum(1).cpu().numpy().astype(np.float64)
-    candidates = finite + np.bincount(case[banned], minlength=len(scores))
-    as_float = [value.cpu().numpy().astype(np.float64) for value in (above, equal, broken)]
-    as_float[0][banned], as_float[1][banned], as_float[2][banned] = np.inf, 1.0, np.inf
-    return Places(case, as_float[0], as_float[1], as_float[2], candidates, len(scores))
+    banned = own.isneginf()
+    candidates = torch.count_nonzero(scores != -torch.inf, dim=1).index_add(0, rows, banned.long())
+    return Places(
+        case,
+        above.double().masked_fill(banned, torch.inf).cpu().numpy(),
+        equal.double().masked_fill(banned, 1.0).cpu().numpy(),
+        candidates.double().cpu().numpy(),
+    )
 
 
 def _join(parts: list[Places], ties: str) -> Places:
-    shift = np.cumsum([0, *(part.n_cases for part in parts)])
+    shift = np.cumsum([0, *(len(part.candidates) for part in parts)])
     return Places(
         np.concatenate([part.case + start for part, start in zip(parts, shift, strict=False)]),
         np.concatenate([part.above for part in parts]),
         np.concatenate([part.equal for part in parts]),
-        np.concatenate([part.broken for part in parts]),
         np.concatenate([part.candidates for part in parts]),
-        int(shift[-1]),
         ties,
     )
 
 
-def _keep_sample(
-    scores: Tensor, case: NDArray[np.int64], target: NDArray[np.int64], sampled: int, generator: torch.Generator
-) -> Tensor:
+def _keep_sample(scores: Tensor, rows: Tensor, columns: Tensor, sampled: int, generator: torch.Generator) -> Tensor:
     """Scores in which only the targets and `sampled` other candidates, drawn without replacement, are left."""
-    rows, columns = torch.from_numpy(case).to(scores.device), torch.from_numpy(target).to(scores.device)
     keys = torch.rand(scores.shape, generator=generator).to(scores.device)
     keys[torch.isneginf(scores)] = -1
     keys[rows, columns] = -1

@@ -1,26 +1,27 @@
 """Ranking metrics from the places of the targets; ties are settled by a rule, so luck has no part.
 
-For a target with `b` candidates strictly above it and `g` candidates of its own score (itself included), a fair coin
-would place it at `b + 1 .. b + g` with equal chance. Two rules are offered:
+Candidates with equal scores stand in an order that the model did not choose. Take the `g` candidates of one score, with
+`b` candidates strictly above them. Two rules are offered:
 
-- `expected` (default): the metric's expectation over those places. Constant scores are then exactly at chance level.
-- `midrank`: the metric at the middle place `b + (g + 1) / 2`, as some published tables do. It favours no one either,
-  but a wide tie at the top counts as a miss.
+- `expected` (default): every metric is its exact mean over all orders of the tied candidates, in closed form
+  (McSherry and Najork, ECIR 2008, for several targets). Constant scores are then exactly at chance level, and the
+  value without ties is the usual one.
+- `midrank`: the metric with every one of them at the middle place `b + (g + 1) / 2`, as some published tables do. It
+  favours no one either, but a wide tie at the top counts as a miss.
 
-NDCG, Recall and Precision are sums over targets, so their expectation is exact; so are HR and MRR where there is one
-target. HR, MRR and MAP of several targets are not sums: there, under both rules, equal scores are placed in the order
-of one fixed random permutation of the items.
+AUC is the same under both.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import digamma, gammaln
 
 from vouch.errors import ConfigError, did_you_mean
 
@@ -28,6 +29,8 @@ Floats = NDArray[np.float64]
 RANKING = ("NDCG", "HR", "Recall", "Precision", "MRR", "MAP", "AUC")
 BEYOND = ("Coverage", "Novelty", "Gini", "ILD", "PopularityBias")
 DEFAULT_METRICS = ("NDCG@10", "HR@10", "MRR", "NDCG@20", "HR@20")
+CELLS = 1 << 21
+"""Values held at once."""
 
 
 @dataclass(frozen=True)
@@ -67,109 +70,188 @@ def parse_metric(name: str) -> Metric:
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
-    """Where the targets of `Q` cases stand; one row a target.
+class Groups:
+    """The tied groups that hold a target which may be recommended, `G` of them, by case and best first.
 
     Attributes:
-        case: int64 `(T,)` the case of each target, ascending.
+        case: int64 `(G,)`.
+        above: float64 `(G,)` candidates scored strictly higher.
+        size: float64 `(G,)` candidates in the group.
+        targets: float64 `(G,)` how many of them are targets.
+        better: float64 `(G,)` targets of the same case in higher groups.
+    """
+
+    case: NDArray[np.int64]
+    above: Floats
+    size: Floats
+    targets: Floats
+    better: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the targets of `Q` cases stand; one row a target, `T` in all.
+
+    Attributes:
+        case: int64 `(T,)` the case of each target, ascending; every case has one.
         above: float64 `(T,)` candidates scored strictly higher; inf for a target that may not be recommended.
         equal: float64 `(T,)` candidates of the same score, itself included.
-        broken: float64 `(T,)` rank from 1 with ties placed by the fixed permutation; inf as above.
         candidates: float64 `(Q,)` candidates of each case, targets included.
-        n_cases: Q.
         ties: the rule, `expected` or `midrank`.
     """
 
     case: NDArray[np.int64]
     above: Floats
     equal: Floats
-    broken: Floats
     candidates: Floats
-    n_cases: int
     ties: str = "expected"
 
-    @property
+    def sum(self, case: NDArray[np.int64], values: Floats) -> Floats:
+        """Sums of values over each case, float64 `(Q,)`."""
+        return np.asarray(np.bincount(case, weights=values, minlength=len(self.candidates)), dtype=np.float64)
+
+    @functools.cached_property
     def n_targets(self) -> Floats:
         """float64 `(Q,)` targets of each case."""
-        return np.asarray(np.bincount(self.case, minlength=self.n_cases), dtype=np.float64)
+        return self.sum(self.case, np.ones(len(self.case)))
 
-    def sum(self, values: Floats) -> Floats:
-        """Sums of a value per target `(T,)` over each case `(Q,)`."""
-        return np.asarray(np.bincount(self.case, weights=values, minlength=self.n_cases), dtype=np.float64)
+    @functools.cached_property
+    def groups(self) -> Groups:
+        """The same places by tied group."""
+        allowed = np.isfinite(self.above)
+        case, above, size = self.case[allowed], self.above[allowed], self.equal[allowed]
+        ones = np.ones(len(case))
+        if len(self.case) == len(self.candidates):
+            return Groups(case, above, size, ones, np.zeros(len(case)))
+        order = np.lexsort((above, case))
+        case, above, size = case[order], above[order], size[order]
+        new = np.ones(len(case), dtype=bool)
+        new[1:] = (case[1:] != case[:-1]) | (above[1:] != above[:-1])
+        first = np.flatnonzero(new)
+        case, above, size = case[first], above[first], size[first]
+        start = np.searchsorted(self.case[allowed], case)  # the targets of a case lie together
+        targets = np.diff(np.append(first, len(order))).astype(np.float64)
+        return Groups(case, above, size, targets, (first - start).astype(np.float64))
 
 
 def compute(metric: Metric, places: Places) -> Floats:
-    """A ranking metric of every case, float64 `(Q,)`."""
-    one = bool((places.n_targets == 1).all())
-    if metric.family == "NDCG":
-        assert metric.k is not None
-        gain = places.sum(_gain(places, lambda rank: 1 / np.log2(rank + 1), metric.k))
-        ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, metric.k + 2)))])
-        return gain / ideal[np.minimum(places.n_targets, metric.k).astype(np.int64)]
-    if metric.family in ("Recall", "Precision") or (metric.family == "HR" and one):
-        assert metric.k is not None
-        hits = places.sum(_gain(places, np.ones_like, metric.k))
-        return hits / (metric.k if metric.family == "Precision" else places.n_targets)
-    if metric.family == "HR":
-        assert metric.k is not None
-        return places.sum((places.broken <= metric.k).astype(np.float64)).clip(max=1.0)
-    if metric.family == "MRR" and one:
-        return places.sum(_reciprocal(places, metric.k))
+    """A ranking metric of every case, float64 `(Q,)`; see the module for ties.
+
+    - `NDCG`: binary gains, discount `1 / log2(rank + 1)`, over the best order of the case's targets.
+    - `HR`: whether any target is among the first k. `Recall`, `Precision`: the share of targets, of k places.
+    - `MRR`: one over the rank of the best target (0 beyond k).
+    - `MAP`: precision at each target's rank up to k, over `min(targets, k)`.
+    - `AUC`: the chance that a target stands above a candidate that is none.
+    """
+    if metric.family == "AUC":
+        return _auc(places)
+    k = np.inf if metric.k is None else float(metric.k)
     if metric.family == "MRR":
-        first = np.full(places.n_cases, np.inf)
-        np.minimum.at(first, places.case, places.broken)
-        return np.where(first <= (metric.k or np.inf), 1 / first, 0.0)
+        return _reciprocal(places, k)
+    if metric.family == "HR":
+        return _hit(places, k)
+    groups, n_targets = places.groups, places.n_targets
+    if metric.family == "NDCG":
+        total = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])
+        gain = groups.targets * _mean_worth(places, k, total, lambda rank: 1 / np.log2(rank + 1))
+        return places.sum(groups.case, gain) / total[np.minimum(n_targets, k).astype(np.int64)]
     if metric.family == "MAP":
-        return _average_precision(places, metric.k or 0)
-    return _auc(places)
+        return places.sum(groups.case, _precisions(places, k)) / np.minimum(n_targets, k)
+    hits = places.sum(groups.case, groups.targets * _mean_worth(places, k, np.arange(k + 1), np.ones_like))
+    return hits / (k if metric.family == "Precision" else n_targets)
 
 
-def _gain(places: Places, worth: Callable[[Floats], Floats], k: int) -> Floats:
-    """What each target earns `(T,)`, where place `r` up to `k` is worth `worth(r)` and later ones nothing."""
+def _midrank(groups: Groups) -> Floats:
+    return groups.above + (groups.size + 1) / 2
+
+
+def _within(groups: Groups, k: float) -> Floats:
+    """How many places of each group are among the first `k`."""
+    return np.clip(k - groups.above, 0, groups.size)
+
+
+def _mean_worth(places: Places, k: float, total: Floats, worth: Callable[[Floats], Floats]) -> Floats:
+    """What a target of each group earns `(G,)`: place `r` is worth `worth(r)` up to `k`; `total` are its sums."""
+    groups = places.groups
     if places.ties == "midrank":
-        rank = places.above + (places.equal + 1) / 2
-        return np.where(rank <= k, worth(np.minimum(rank, k)), 0.0)
-    total = np.concatenate([[0.0], np.cumsum(worth(np.arange(1, k + 1, dtype=np.float64)))])
-    low = np.minimum(places.above, k).astype(np.int64)
-    high = np.minimum(places.above + places.equal, k).astype(np.int64)
-    return (total[high] - total[low]) / places.equal
+        rank = _midrank(groups)
+        return np.where(rank <= k, worth(rank), 0.0)
+    low = np.minimum(groups.above, k)
+    return (total[(low + _within(groups, k)).astype(np.int64)] - total[low.astype(np.int64)]) / groups.size
 
 
-def _reciprocal(places: Places, k: int | None) -> Floats:
-    """`1 / rank` of each target; its expectation over a tie is a difference of harmonic numbers, by digamma."""
-    from scipy.special import digamma
-
+def _hit(places: Places, k: float) -> Floats:
+    groups = places.groups
     if places.ties == "midrank":
-        rank = places.above + (places.equal + 1) / 2
-        return np.where(rank <= (k or np.inf), 1 / rank, 0.0)
-    allowed = np.isfinite(places.above)
-    low = np.where(allowed, places.above, 0.0)
-    high = low + places.equal
-    if k is not None:
-        low, high = np.minimum(low, k), np.minimum(high, k)
-    harmonic = digamma(high + 1) - digamma(low + 1)
-    return np.where(allowed, harmonic / places.equal, 0.0)
+        return places.sum(groups.case, (_midrank(groups) <= k).astype(np.float64)).clip(max=1.0)
+    # The chance that the places within k hold no target: C(others, within) / C(size, within).
+    within, others = _within(groups, k), groups.size - groups.targets
+    log_ratio = (gammaln(groups.size - within + 1) - gammaln(groups.size + 1)) + (
+        gammaln(others + 1) - gammaln(np.maximum(others - within, 0) + 1)
+    )
+    missed = np.where(groups.targets == 1, 1 - within / groups.size, np.exp(log_ratio))
+    missed[within > others] = 0.0
+    none = np.ones(len(places.candidates))
+    np.multiply.at(none, groups.case, missed)
+    return 1 - none
 
 
-def _average_precision(places: Places, k: int) -> Floats:
-    order = np.lexsort((places.broken, places.case))
-    case, rank = places.case[order], places.broken[order]
-    starts = np.searchsorted(case, np.arange(places.n_cases))
-    nth = np.arange(len(case)) - starts[case] + 1
-    precision = np.where(rank <= k, nth / rank, 0.0)
-    return np.bincount(case, weights=precision, minlength=places.n_cases) / np.minimum(places.n_targets, k)
+def _harmonic(above: Floats, within: Floats) -> Floats:
+    """The sum of `1 / rank` over the `within` places after the first `above`."""
+    return np.where(within == 1, 1 / (above + 1), digamma(above + within + 1) - digamma(above + 1))
+
+
+def _reciprocal(places: Places, k: float) -> Floats:
+    best = places.groups.better == 0
+    case, above = places.groups.case[best], places.groups.above[best]
+    size, targets = places.groups.size[best], places.groups.targets[best]
+    if places.ties == "midrank":
+        rank = above + (size + 1) / 2
+        return places.sum(case, np.where(rank <= k, 1 / rank, 0.0))
+    within = np.clip(k - above, 0, size)
+    value = _harmonic(above, within) / size
+    several = np.flatnonzero((targets > 1) & (within > 0))
+    step = max(1, CELLS // max(1, int(within[several].max(initial=1))))
+    for first in range(0, len(several), step):
+        rows = several[first : first + step]
+        value[rows] = _reciprocal_of_best(above[rows, None], size[rows, None], targets[rows, None], within[rows, None])
+    return places.sum(case, value)
+
+
+def _reciprocal_of_best(above: Floats, size: Floats, targets: Floats, within: Floats) -> Floats:
+    """The mean of `1 / rank` of the best of several targets in a tied group, all `(R, 1)`; 0 beyond `within`."""
+    j = np.arange(int(within.max()))
+    # The chance that the first j + 1 places hold no target: each drawn from what is left.
+    later = np.cumprod(np.clip(size - targets - j, 0, None) / np.maximum(size - j, 1), axis=1)
+    here = np.hstack([np.ones_like(size), later[:, :-1]]) - later
+    return np.asarray((here / (above + j + 1) * (j < within)).sum(1))
+
+
+def _precisions(places: Places, k: float) -> Floats:
+    """The sum of the precisions at the targets of each group `(G,)`."""
+    groups = places.groups
+    if places.ties == "midrank":
+        rank = _midrank(groups)
+        nth = groups.better + (groups.targets + 1) / 2
+        return np.where(rank <= k, groups.targets * nth / rank, 0.0)
+    # Place j of the group holds a target with chance targets / size; then the other targets of the group are before
+    # it with chance (j - 1) / (size - 1) each. Summed over j = 1 .. within of nth / (above + j).
+    within = _within(groups, k)
+    inverse = _harmonic(groups.above, within)
+    others = (groups.targets - 1) / np.maximum(groups.size - 1, 1)
+    expected = (groups.better + 1) * inverse + others * (within - (groups.above + 1) * inverse)
+    return groups.targets / groups.size * expected
 
 
 def _auc(places: Places) -> Floats:
-    """Probability that a target stands above a candidate that is none, ties counting half (Mann-Whitney)."""
+    """Mann-Whitney, ties counting half; targets that may not be recommended share the lowest places."""
     allowed = np.isfinite(places.above)
     n, m = places.candidates, places.n_targets
-    banned = places.sum((~allowed).astype(np.float64))
-    # Ascending mid-ranks; targets that may not be recommended share the lowest places.
-    from_below = n[places.case] - np.where(allowed, places.above, 0.0) - (places.equal - 1) / 2
-    midrank = np.where(allowed, from_below, (banned[places.case] + 1) / 2)
     others = n - m
+    # A target's ascending mid-rank is n - above - (equal - 1) / 2; the banned ones stand at 1 .. banned.
+    banned = places.sum(places.case, (~allowed).astype(np.float64))
+    midrank = n[places.case] - np.where(allowed, places.above + (places.equal - 1) / 2, 0.0)
+    total = places.sum(places.case, np.where(allowed, midrank, 0.0)) + banned * (banned + 1) / 2
     with np.errstate(invalid="ignore", divide="ignore"):
-        value = (places.sum(midrank) - m * (m + 1) / 2) / (m * others)
+        value = (total - m * (m + 1) / 2) / (m * others)
     return np.where(others > 0, value, 0.5)  # nothing to stand above: chance level
-

@@ -1,0 +1,100 @@
+"""The ledger: one JSON line for every claim that was run, never changed afterwards."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vouch.errors import StorageError
+
+PACKAGED = Path(__file__).with_name("ledger.jsonl")
+"""The project's own results, shipped with it."""
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """A claim's result.
+
+    Attributes:
+        slug, variant, scale: what was run. statement, reported: what the paper says.
+        seeds: the seeds. metric, baseline_name, method_name: what was measured for whom.
+        baseline, method: means over seeds. effect: mean effect. interval: its 95 % interval.
+        verdict: `holds` (the interval lies above 0), `does not hold` (below 0), `inconclusive`.
+        data, fingerprint: what it ran on. command, commit, date, machine: how, where and when.
+        per_seed: `{"seed", "baseline", "method", "effect", "seconds", ...details}` each.
+    """
+
+    slug: str
+    variant: str
+    scale: str
+    seeds: list[int]
+    metric: str
+    baseline: float
+    method: float
+    effect: float
+    interval: list[float]
+    verdict: str
+    data: str
+    command: str
+    commit: str | None
+    statement: str = ""
+    reported: str = ""
+    effect_is: str = ""
+    baseline_name: str = ""
+    method_name: str = ""
+    fingerprint: str = ""
+    date: str = ""
+    seconds: float = 0.0
+    machine: dict[str, Any] = field(default_factory=dict)
+    per_seed: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def default_ledger() -> Path:
+    """Where new results go: the project's ledger in a checkout, a file in the current folder otherwise."""
+    root = PACKAGED.parents[3]
+    return PACKAGED if (root / ".git").exists() and (root / "pyproject.toml").exists() else Path("vouch-ledger.jsonl")
+
+
+def read_ledger(path: Path | None = None) -> list[LedgerEntry]:
+    """All entries: of one file, or the shipped ones and then those of the current folder.
+
+    Raises:
+        StorageError: a file cannot be read, or a line is no entry (names the line).
+    """
+    paths = [path] if path is not None else list(dict.fromkeys([PACKAGED, default_ledger()]))
+    entries = []
+    for file in paths:
+        if not file.exists():
+            if path is not None:
+                raise StorageError("there is no ledger", where=str(file))
+            continue
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                entries.append(LedgerEntry(**json.loads(line)))
+            except (json.JSONDecodeError, TypeError) as error:
+                raise StorageError(
+                    f"the ledger has a line that is no entry: {error}", where=f"{file}, line {number}", hint="mend or drop it"
+                ) from error
+    return entries
+
+
+def append(entry: LedgerEntry, path: Path) -> None:
+    """Add one line.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry.to_dict(), ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        raise StorageError(f"cannot write the ledger: {error.strerror}", where=str(path)) from error

@@ -1,0 +1,171 @@
+"""Running a claim: every seed, then the interval, the verdict and the ledger."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vouch.claims.claim import SCALES, Claim, Measurement, Scale, claim
+from vouch.claims.ledger import LedgerEntry, append, default_ledger
+from vouch.compare.machine import commit, describe_machine
+from vouch.data import Dataset
+from vouch.data.prepare import check_writable
+from vouch.data.readers import read
+from vouch.errors import ConfigError, did_you_mean
+from vouch.evaluation import Interval, seed_interval, two_way_interval
+from vouch.files import atomic_file, read_json, write_json
+
+SEEDS = {"smoke": 2, "desk": 5, "full": 5}
+
+
+def run_claim(
+    slug: str,
+    scale: Scale = "smoke",
+    *,
+    seeds: int | None = None,
+    variant: str | None = None,
+    data: str | None = None,
+    out: Path | str = "runs/claims",
+    ledger: Path | None = None,
+    jobs: int | None = None,
+    command: str = "",
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> LedgerEntry:
+    """Run a claim over seeds 0, 1, ... and append the result to the ledger.
+
+    Finished seeds lie in `out` under a name with the data's fingerprint and the commit; a run that was stopped goes on.
+
+    Args:
+        seeds: how many; 2 at smoke, 5 otherwise.
+        data: other data to run it on.
+        ledger: the file to append to; see `default_ledger`.
+        jobs: processes; as many as there are cores, at most one a seed.
+
+    Raises:
+        UnknownIdError, ConfigError: an unknown claim, variant or scale, or too few seeds for an interval.
+        StorageError, DataError: the data is not there, or cannot be used.
+    """
+    found = claim(slug, variant)
+    if scale not in SCALES:
+        raise ConfigError(f"there is no scale {scale!r}", hint=did_you_mean(scale, SCALES))
+    n = seeds if seeds is not None else SEEDS[scale]
+    if n < 2:
+        raise ConfigError(f"{n} seed gives no interval", hint="run at least 2, better 5")
+    source = data or found.source(scale)
+    out = Path(out)
+    check_writable(out)
+    target = ledger or default_ledger()
+    check_writable(target.parent)
+    begin = time.perf_counter()
+    dataset = read(source)
+    fingerprint = dataset.interactions.fingerprint
+    folder = out / f"{slug}-{found.variant}-{scale}-{fingerprint}-{commit() or 'installed'}"
+    folder.mkdir(parents=True, exist_ok=True)
+    prepared = folder / "data"
+    if not (prepared / "dataset.json").exists():
+        dataset.save(prepared)
+    measured = _measure_all(found, prepared, scale, n, folder, jobs, on_progress or (lambda text, done, total: None))
+    interval = effect_interval(measured)
+    entry = LedgerEntry(
+        slug=slug,
+        variant=found.variant,
+        scale=scale,
+        seeds=list(range(n)),
+        metric=found.metric,
+        baseline=float(np.mean([m.baseline for m in measured])),
+        method=float(np.mean([m.method for m in measured])),
+        effect=float(np.mean([m.effect for m in measured])),
+        interval=[interval.low, interval.high],
+        verdict=verdict(interval),
+        data=dataset.name,
+        command=command,
+        commit=commit(),
+        statement=found.statement,
+        reported=found.reported,
+        effect_is=found.effect,
+        baseline_name=found.baseline,
+        method_name=found.method,
+        fingerprint=fingerprint,
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        seconds=round(time.perf_counter() - begin, 1),
+        machine=describe_machine(),
+        per_seed=[
+            {"seed": seed, "baseline": m.baseline, "method": m.method, "effect": m.effect, "seconds": m.seconds, **m.details}
+            for seed, m in enumerate(measured)
+        ],
+    )
+    append(entry, target)
+    return entry
+
+
+def verdict(interval: Interval) -> str:
+    """`holds` if the whole interval of the effect lies above 0, `does not hold` if below, else `inconclusive`."""
+    if interval.low > 0:
+        return "holds"
+    return "does not hold" if interval.high < 0 else "inconclusive"
+
+
+def effect_interval(measured: Sequence[Measurement]) -> Interval:
+    """The effect's 95 % interval: over seeds and cases where every seed has values per case, else over seeds (t)."""
+    pairs = [(m.method_cases, m.baseline_cases) for m in measured]
+    if all(a is not None and b is not None for a, b in pairs):
+        return two_way_interval(np.stack([a - b for a, b in pairs if a is not None and b is not None]))
+    return seed_interval([m.effect for m in measured])
+
+
+def _measure_all(
+    found: Claim, prepared: Path, scale: Scale, n: int, folder: Path, jobs: int | None, say: Callable[[str, int, int], None]
+) -> list[Measurement]:
+    cores = os.cpu_count() or 1
+    workers = max(1, min(jobs or cores, n, cores))
+    threads = max(1, cores // workers)
+    missing = [seed for seed in range(n) if not (folder / f"seed-{seed}.json").exists()]
+    done = n - len(missing)
+    if missing:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            futures = {
+                pool.submit(_measure_seed, found.slug, found.variant, prepared, scale, seed, folder, threads): seed
+                for seed in missing
+            }
+            for future in as_completed(futures):
+                future.result()
+                done += 1
+                say(f"{found.slug} ({found.variant}): seed {futures[future]} done", done, n)
+    return [_load(folder, seed) for seed in range(n)]
+
+
+def _measure_seed(
+    slug: str, variant: str, prepared: Path, scale: Scale, seed: int, folder: Path, threads: int
+) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    begin = time.perf_counter()
+    measured = claim(slug, variant).measure(Dataset.open(prepared), scale, seed)
+    measured = replace(measured, seconds=round(time.perf_counter() - begin, 1))
+    if measured.method_cases is not None and measured.baseline_cases is not None:
+        with atomic_file(folder / f"seed-{seed}.npz") as aside, aside.open("wb") as file:
+            np.savez_compressed(file, method=measured.method_cases, baseline=measured.baseline_cases)
+    plain: dict[str, Any] = {
+        name: getattr(measured, name) for name in ("baseline", "method", "effect", "details", "seconds")
+    }
+    write_json(folder / f"seed-{seed}.json", {**plain, "details": dict(measured.details)})
+
+
+def _load(folder: Path, seed: int) -> Measurement:
+    plain = read_json(folder / f"seed-{seed}.json")
+    arrays: dict[str, Any] = {}
+    if (folder / f"seed-{seed}.npz").exists():
+        with np.load(folder / f"seed-{seed}.npz", allow_pickle=False) as file:
+            arrays = {"method_cases": file["method"], "baseline_cases": file["baseline"]}
+    return Measurement(**plain, **arrays)
