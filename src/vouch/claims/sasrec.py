@@ -21,7 +21,7 @@ from vouch.training import Run
 
 BUDGET: dict[str, dict[str, Any]] = {
     "smoke": {"epochs": 4, "hidden_size": 32, "negatives": 64},
-    "desk": {"epochs": 30, "evaluate_every": 3, "negatives": 256},
+    "desk": {"epochs": 24, "evaluate_every": 3, "negatives": 512},
     "full": {"epochs": 200, "evaluate_every": 2, "negatives": 1024},
 }
 MODEL = {"num_layers": 1, "num_heads": 1, "dropout": 0.5, "patience": 5, "batch_size": 256}

@@ -193,8 +193,9 @@ def _run_all(
     total, done = len(plan.methods) + sum(seeds.values()), 0
     tuned: dict[str, dict[str, Any]] = {}
     with _executor(jobs, ray) as pool:
+        # The long ones first, so that no core waits for them at the end.
         waiting: dict[Future[Any], tuple[str, int | None]] = {
-            pool.submit(tune, plan, slug, units, threads): (slug, None) for slug in plan.methods
+            pool.submit(tune, plan, slug, units, threads): (slug, None) for slug in sorted(plan.methods, key=is_random, reverse=True)
         }
         seed_results: dict[str, list[dict[str, Any]]] = {slug: [] for slug in plan.methods}
         try:

@@ -21,7 +21,7 @@ from vouch.registry import method
 from vouch.training import Run
 
 METHODS = ("popularity", "itemknn", "markov", "ease", "bpr", "sasrec")
-BUDGET = {"bpr": ("epochs=60", "patience=4", "evaluate_every=10"), "sasrec": ("epochs=24", "patience=4", "evaluate_every=3")}
+BUDGET = {"bpr": ("epochs=60", "patience=4", "evaluate_every=10"), "sasrec": ("epochs=15", "patience=3", "evaluate_every=3", "max_length=30", "num_layers=1", "hidden_size=64")}
 """Short trainings, so that the demo ends within three minutes on two cores."""
 
 

@@ -6,8 +6,8 @@ Candidates with equal scores stand in an order that the model did not choose. Ta
 - `expected` (default): every metric is its exact mean over all orders of the tied candidates, in closed form
   (McSherry and Najork, ECIR 2008, for several targets). Constant scores are then exactly at chance level, and the
   value without ties is the usual one.
-- `midrank`: the metric with every one of them at the middle place `b + (g + 1) / 2`, as some published tables do. It
-  favours no one either, but a wide tie at the top counts as a miss.
+- `midrank`: the metric with the target at the middle place `b + (g + 1) / 2`, as some published tables do. It favours
+  no one either, but a wide tie at the top counts as a miss. For one target a case.
 
 AUC is the same under both.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,6 +97,9 @@ class Places:
         equal: float64 `(T,)` candidates of the same score, itself included.
         candidates: float64 `(Q,)` candidates of each case, targets included.
         ties: the rule, `expected` or `midrank`.
+
+    Raises:
+        ConfigError: `midrank`, and a case has several targets.
     """
 
     case: NDArray[np.int64]
@@ -105,6 +107,10 @@ class Places:
     equal: Floats
     candidates: Floats
     ties: str = "expected"
+
+    def __post_init__(self) -> None:
+        if self.ties == "midrank" and len(self.case) > len(self.candidates):
+            raise ConfigError("ties='midrank' is for one target a case", hint="the default ties='expected' takes any")
 
     def sum(self, case: NDArray[np.int64], values: Floats) -> Floats:
         """Sums of values over each case, float64 `(Q,)`."""
@@ -146,6 +152,8 @@ def compute(metric: Metric, places: Places) -> Floats:
     if metric.family == "AUC":
         return _auc(places)
     k = np.inf if metric.k is None else float(metric.k)
+    if places.ties == "midrank":
+        return _at_midrank(metric.family, places, k)
     if metric.family == "MRR":
         return _reciprocal(places, k)
     if metric.family == "HR":
@@ -153,16 +161,19 @@ def compute(metric: Metric, places: Places) -> Floats:
     groups, n_targets = places.groups, places.n_targets
     if metric.family == "NDCG":
         total = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])
-        gain = groups.targets * _mean_worth(places, k, total, lambda rank: 1 / np.log2(rank + 1))
+        gain = groups.targets * _mean_worth(groups, k, total)
         return places.sum(groups.case, gain) / total[np.minimum(n_targets, k).astype(np.int64)]
     if metric.family == "MAP":
         return places.sum(groups.case, _precisions(places, k)) / np.minimum(n_targets, k)
-    hits = places.sum(groups.case, groups.targets * _mean_worth(places, k, np.arange(k + 1), np.ones_like))
+    hits = places.sum(groups.case, groups.targets * _mean_worth(groups, k, np.arange(k + 1)))
     return hits / (k if metric.family == "Precision" else n_targets)
 
 
-def _midrank(groups: Groups) -> Floats:
-    return groups.above + (groups.size + 1) / 2
+def _at_midrank(family: str, places: Places, k: float) -> Floats:
+    """Any metric but AUC, for one target a case."""
+    rank = places.above + (places.equal + 1) / 2
+    worth = {"NDCG": 1 / np.log2(rank + 1), "MRR": 1 / rank, "MAP": 1 / rank, "Precision": np.full(len(rank), 1 / k)}
+    return np.where(rank <= k, worth.get(family, np.ones(len(rank))), 0.0)
 
 
 def _within(groups: Groups, k: float) -> Floats:
@@ -170,20 +181,14 @@ def _within(groups: Groups, k: float) -> Floats:
     return np.clip(k - groups.above, 0, groups.size)
 
 
-def _mean_worth(places: Places, k: float, total: Floats, worth: Callable[[Floats], Floats]) -> Floats:
-    """What a target of each group earns `(G,)`: place `r` is worth `worth(r)` up to `k`; `total` are its sums."""
-    groups = places.groups
-    if places.ties == "midrank":
-        rank = _midrank(groups)
-        return np.where(rank <= k, worth(rank), 0.0)
+def _mean_worth(groups: Groups, k: float, total: Floats) -> Floats:
+    """What a target of each group earns `(G,)`, where the first `r` places together are worth `total[r]`, `r` to `k`."""
     low = np.minimum(groups.above, k)
     return (total[(low + _within(groups, k)).astype(np.int64)] - total[low.astype(np.int64)]) / groups.size
 
 
 def _hit(places: Places, k: float) -> Floats:
     groups = places.groups
-    if places.ties == "midrank":
-        return places.sum(groups.case, (_midrank(groups) <= k).astype(np.float64)).clip(max=1.0)
     # The chance that the places within k hold no target: C(others, within) / C(size, within).
     within, others = _within(groups, k), groups.size - groups.targets
     log_ratio = (gammaln(groups.size - within + 1) - gammaln(groups.size + 1)) + (
@@ -205,9 +210,6 @@ def _reciprocal(places: Places, k: float) -> Floats:
     best = places.groups.better == 0
     case, above = places.groups.case[best], places.groups.above[best]
     size, targets = places.groups.size[best], places.groups.targets[best]
-    if places.ties == "midrank":
-        rank = above + (size + 1) / 2
-        return places.sum(case, np.where(rank <= k, 1 / rank, 0.0))
     within = np.clip(k - above, 0, size)
     value = _harmonic(above, within) / size
     several = np.flatnonzero((targets > 1) & (within > 0))
@@ -230,10 +232,6 @@ def _reciprocal_of_best(above: Floats, size: Floats, targets: Floats, within: Fl
 def _precisions(places: Places, k: float) -> Floats:
     """The sum of the precisions at the targets of each group `(G,)`."""
     groups = places.groups
-    if places.ties == "midrank":
-        rank = _midrank(groups)
-        nth = groups.better + (groups.targets + 1) / 2
-        return np.where(rank <= k, groups.targets * nth / rank, 0.0)
     # Place j of the group holds a target with chance targets / size; then the other targets of the group are before
     # it with chance (j - 1) / (size - 1) each. Summed over j = 1 .. within of nth / (above + j).
     within = _within(groups, k)

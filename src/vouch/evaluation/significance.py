@@ -59,12 +59,12 @@ def two_way_interval(matrix: ArrayLike, *, level: float = 0.95, resamples: int =
     """
     values = _clean(matrix, 2)
     _check(level, resamples)
-    generator = np.random.default_rng(seed)
+    of_cases, of_seeds = np.random.default_rng(seed).spawn(2)
     by_case, effects = values.mean(0), _seed_effects(values, level)
     means = []
     for rows in _pieces(resamples, values.size):
-        drawn = by_case[generator.integers(0, len(by_case), (rows, len(by_case)))].mean(1)
-        means.append(drawn + effects[generator.integers(0, len(effects), (rows, len(effects)))].mean(1))
+        drawn = by_case[of_cases.integers(0, len(by_case), (rows, len(by_case)))].mean(1)
+        means.append(drawn + effects[of_seeds.integers(0, len(effects), (rows, len(effects)))].mean(1))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high))
 

@@ -36,7 +36,7 @@ class SequenceConfig(TrainConfig):
 
     hidden_size: int = setting(64, "length of the item and query vectors", ge=2, search=Choice((32, 64, 128)))
     max_length: int = setting(50, "most recent history items that are read", ge=2)
-    dropout: float = setting(0.3, "share of activations dropped in training", ge=0, lt=1, search=Span(0.1, 0.6))
+    dropout: float = setting(0.5, "share of activations dropped in training", ge=0, lt=1, search=Span(0.1, 0.6))
     loss: Loss = setting("auto", "objective at every position; auto is ce up to 5,000 items, else sampled_softmax")
     negatives: int = setting(1024, "items drawn for the losses that sample (bce and bpr always draw 1)", ge=1)
     negatives_by: Literal["uniform", "popularity"] = setting(

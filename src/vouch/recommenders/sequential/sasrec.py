@@ -22,7 +22,7 @@ class SASRecConfig(SequenceConfig):
 
     num_layers: int = setting(2, "transformer blocks", ge=1, search=Choice((1, 2)))
     num_heads: int = setting(2, "attention heads; divides hidden_size", ge=1)
-    variant: Variant = setting("pre", "where the norms stand: original, pre or post")
+    variant: Variant = setting("post", "where the norms stand: original, pre or post")
     tied: bool = setting(True, "one item table for input and output")
     item_bias: bool = setting(False, "a learned popularity term per item")
 
