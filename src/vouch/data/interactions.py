@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
 from vouch.data.vocabulary import Vocabulary, open_array
@@ -79,6 +81,8 @@ class Interactions:
         for name, raw in (("scenario", scenario), ("domain", domain)):
             if raw is not None:
                 vocabulary, codes = _encode(np.asarray(raw))
+                if len(vocabulary) > np.iinfo(np.int16).max:
+                    raise DataError(f"{name} has {len(vocabulary):,} distinct values; at most 32,767 are kept")
                 labels[name] = [str(label) for label in vocabulary.ids(np.arange(len(vocabulary)))]
                 columns[name] = codes.astype(np.int16)
         for name, raw in (("time", time), ("value", value)):
@@ -101,10 +105,14 @@ class Interactions:
         labels: Mapping[str, list[str]] | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> Interactions:
-        """Build from codes in any order; sorts by (user, time), keeping the order of ties."""
+        """Build from codes in any order; sorts by (user, time), keeping the order of ties.
+
+        The notes say how many neighbouring rows of a user came in the other order, if any did (`rows_out_of_order`).
+        """
         columns = dict(columns or {})
         keys = (user,) if columns.get("time") is None else (columns["time"], user)
         order = np.lexsort(keys)  # stable
+        out_of_order = int(((order[1:] < order[:-1]) & (np.diff(user[order]) == 0)).sum())
         offsets = np.zeros(len(users) + 1, dtype=np.int64)
         np.cumsum(np.bincount(user, minlength=len(users)), out=offsets[1:])
         return cls(
@@ -114,7 +122,7 @@ class Interactions:
             _frozen(item[order].astype(np.int32, copy=False)),
             **{name: _frozen(column[order].astype(OPTIONAL[name], copy=False)) for name, column in columns.items()},
             labels=dict(labels or {}),
-            notes=dict(notes or {}),
+            notes={**(notes or {}), **({"rows_out_of_order": out_of_order} if out_of_order else {})},
         )
 
     def __len__(self) -> int:
@@ -167,8 +175,24 @@ class Interactions:
             _frozen(self.item[keep]),
             **{name: None if column is None else _frozen(column[keep]) for name, column in columns.items()},
             labels=self.labels,
-            notes={**self.notes, **(notes or {})},
+            notes={**_without_fingerprint(self.notes), **(notes or {})},
         )
+
+    def compact(self) -> tuple[Interactions, NDArray[np.int64], NDArray[np.int64]]:
+        """The log with vocabularies cut to the users and items that have rows, and the old codes of those kept."""
+        users, items = np.flatnonzero(self.lengths > 0), np.flatnonzero(self.item_counts > 0)
+        new_code = np.full(self.n_items, -1, dtype=np.int32)
+        new_code[items] = np.arange(len(items), dtype=np.int32)
+        smaller = Interactions(
+            self.users.take(users),
+            self.items.take(items),
+            _frozen(np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths[users])])),
+            _frozen(new_code[self.item]),
+            **{name: getattr(self, name) for name in OPTIONAL},
+            labels=self.labels,
+            notes=_without_fingerprint(self.notes),
+        )
+        return smaller, users, items
 
     def to_csr(self, *, binary: bool = True) -> Any:
         """A scipy CSR matrix `(n_users, n_items)` of counts, or of ones where `binary`; duplicates are summed first."""
@@ -184,16 +208,19 @@ class Interactions:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A short hash of every column: equal logs have equal fingerprints. Stored with saved logs."""
+        """A short hash of every column and of the ids: equal logs have equal fingerprints. Stored with saved logs."""
         if "fingerprint" in self.notes:
             return str(self.notes["fingerprint"])
         digest = hashlib.blake2b(digest_size=8)
-        for name in ("offsets", "item", *OPTIONAL):
-            column = getattr(self, name)
+        columns = {name: getattr(self, name) for name in ("offsets", "item", *OPTIONAL)}
+        columns |= {f"users {name}": column for name, column in self.users.arrays().items()}
+        columns |= {f"items {name}": column for name, column in self.items.arrays().items()}
+        for name, column in columns.items():
             digest.update(name.encode())
             if column is not None:
                 for start in range(0, len(column), 1 << 22):
                     digest.update(np.ascontiguousarray(column[start : start + (1 << 22)]).data)
+        digest.update(json.dumps(dict(self.labels), sort_keys=True).encode())
         return digest.hexdigest()
 
     def save(self, path: Path | str) -> None:
@@ -249,16 +276,22 @@ def _encode(raw: NDArray[Any]) -> tuple[Vocabulary, NDArray[np.int32]]:
         if not np.isfinite(raw).all() or (raw != np.floor(raw)).any():
             raise DataError("an id column holds NaN or a fraction", hint="ids must be whole numbers or text")
         raw = raw.astype(np.int64)
-    if raw.dtype.kind in "iu":
-        numbers, codes = np.unique(raw.astype(np.int64), return_inverse=True)
-        return Vocabulary.of_numbers(numbers), codes.astype(np.int32)
-    texts = [str(value) for value in raw.tolist()]
-    vocabulary = Vocabulary.of(texts)
-    rank = {str(value): code for code, value in enumerate(vocabulary.ids(np.arange(len(vocabulary))))}
-    return vocabulary, np.fromiter((rank[text] for text in texts), dtype=np.int32, count=len(texts))
+    if raw.dtype.kind in "iu" and (raw.dtype != np.uint64 or int(raw.max(initial=0)) < 1 << 63):
+        return Vocabulary.encode(pl.Series(raw.astype(np.int64)))
+    values = raw.tolist()
+    for row, value in enumerate(values):
+        if value is None or value != value or value == "":
+            raise DataError(
+                f"an id is {value!r}", where=f"row {row + 1}", hint="every row needs a user and an item; drop such rows"
+            )
+    return Vocabulary.encode(pl.Series([str(value) for value in values], dtype=pl.String))
 
 
 def _finite(name: str, raw: NDArray[Any]) -> NDArray[Any]:
+    if raw.dtype.kind == "M":
+        if np.isnat(raw).any():
+            raise DataError(f"column {name!r} holds NaT", where=f"row {int(np.isnat(raw).argmax()) + 1}")
+        return raw.astype("datetime64[s]").astype(np.int64)
     if raw.dtype.kind not in "iufb":
         raise DataError(f"column {name!r} holds {raw.dtype} instead of numbers")
     bad = ~np.isfinite(raw.astype(np.float64))
@@ -266,6 +299,11 @@ def _finite(name: str, raw: NDArray[Any]) -> NDArray[Any]:
         row = int(np.flatnonzero(bad)[0])
         raise DataError(f"column {name!r} holds {raw[row]!r}", where=f"row {row + 1}", hint="drop or mend such rows")
     return raw
+
+
+def _without_fingerprint(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Notes for other rows: what was said of the whole log's content no longer holds."""
+    return {key: value for key, value in notes.items() if key != "fingerprint"}
 
 
 def _frozen(array: NDArray[Any]) -> NDArray[Any]:

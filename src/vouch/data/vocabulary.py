@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,40 @@ class Vocabulary:
     def of_sorted_texts(cls, texts: Sequence[str]) -> Vocabulary:
         """Build from distinct texts sorted by their UTF-8 bytes."""
         encoded = [text.encode() for text in texts]
-        if any(left >= right for left, right in zip(encoded, encoded[1:], strict=False)):
+        if any(left >= right for left, right in pairwise(encoded)):
             raise DataError("vocabulary ids must be distinct and sorted", hint="use Vocabulary.of for ids in any order")
         ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
         return cls(None, np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+
+    @classmethod
+    def encode(cls, ids: pl.Series) -> tuple[Vocabulary, NDArray[np.int32]]:
+        """The vocabulary of a column of ids `(n,)` without gaps, and the column in int32 codes `(n,)`."""
+        if ids.dtype.is_integer():
+            return cls._encode_numbers(ids.cast(pl.Int64).to_numpy())
+        # Categories number each distinct text once, so that the texts of the rows need not be held.
+        drawn = ids if ids.dtype == pl.Categorical else ids.cast(pl.String).cast(pl.Categorical(pl.Categories.random()))
+        distinct = drawn.unique()
+        texts, labels = distinct.cast(pl.String), distinct.to_physical().to_numpy()
+        numbers = texts.cast(pl.Int64, strict=False)
+        whole = bool((numbers.cast(pl.String) == texts).fill_null(False).all())
+        order = (numbers if whole else texts).arg_sort().to_numpy()  # texts sort by their UTF-8 bytes
+        rank = np.zeros(int(labels.max(initial=0)) + 1, dtype=np.int32)
+        rank[labels[order]] = np.arange(len(order), dtype=np.int32)
+        codes = rank[drawn.to_physical().to_numpy()]
+        if whole:
+            return cls.of_numbers(numbers.gather(order).to_numpy()), codes
+        return cls.of_sorted_texts(texts.gather(order).to_list()), codes
+
+    @classmethod
+    def _encode_numbers(cls, values: NDArray[np.int64]) -> tuple[Vocabulary, NDArray[np.int32]]:
+        low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
+        if high - low < 4 * len(values) + 1024:  # dense enough for a table
+            seen = np.zeros(high - low + 1, dtype=bool)
+            seen[values - low] = True
+            rank = np.cumsum(seen, dtype=np.int32) - np.int32(1)
+            return cls.of_numbers(np.flatnonzero(seen).astype(np.int64) + low), rank[values - low]
+        numbers = np.unique(values)
+        return cls.of_numbers(numbers), np.searchsorted(numbers, values).astype(np.int32)
 
     def __len__(self) -> int:
         return len(self._numbers if self._numbers is not None else self._ends)  # type: ignore[arg-type]
@@ -81,7 +112,25 @@ class Vocabulary:
 
     def ids(self, codes: ArrayLike) -> list[int | str]:
         """The original ids of many codes."""
-        return [self.id(int(code)) for code in np.asarray(codes).ravel()]
+        codes = np.asarray(codes).ravel()
+        if self._numbers is None:
+            return [self.id(int(code)) for code in codes]
+        for code in codes[(codes < 0) | (codes >= len(self))][:1]:
+            self.id(int(code))  # raises
+        return self._numbers[codes.astype(np.int64)].tolist()
+
+    def take(self, codes: NDArray[Any]) -> Vocabulary:
+        """The vocabulary of some codes, ascending; code `codes[i]` becomes `i`."""
+        codes = np.asarray(codes, dtype=np.int64)
+        if self._numbers is not None:
+            return Vocabulary.of_numbers(np.asarray(self._numbers[codes]))
+        assert self._blob is not None and self._ends is not None
+        ends = np.asarray(self._ends)
+        start = np.where(codes > 0, ends[codes - 1], 0) if len(codes) else codes
+        stops = np.cumsum(ends[codes] - start, dtype=np.int64)
+        lengths = np.diff(stops, prepend=0)
+        bytes_ = np.arange(stops[-1] if len(stops) else 0) + np.repeat(start - (stops - lengths), lengths)
+        return Vocabulary(None, self._blob[bytes_], stops)
 
     def get(self, value: Any) -> int:
         """The code of one id, or -1 if it is not known."""
@@ -116,14 +165,18 @@ class Vocabulary:
         """The codes of many ids; raises as `code` does, at the first unknown one."""
         return np.fromiter((self.code(value, kind=kind) for value in values), dtype=np.int32)
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What the ids are kept in: `numbers` int64, or `blob` uint8 (the texts end to end) and `ends` int64."""
+        if self._numbers is not None:
+            return {"numbers": self._numbers}
+        assert self._blob is not None and self._ends is not None
+        return {"blob": self._blob, "ends": self._ends}
+
     def save(self, path: Path) -> None:
         """Write into the folder `path`, which is made."""
         path.mkdir(parents=True)
-        if self._numbers is not None:
-            np.save(path / "numbers.npy", np.asarray(self._numbers))
-        else:
-            np.save(path / "blob.npy", np.asarray(self._blob))
-            np.save(path / "ends.npy", np.asarray(self._ends))
+        for name, array in self.arrays().items():
+            np.save(path / f"{name}.npy", np.asarray(array))
 
     @classmethod
     def open(cls, path: Path) -> Vocabulary:
@@ -147,9 +200,9 @@ class Vocabulary:
 def _is_whole(text: str) -> bool:
     """Whether text is an int64 in its one usual spelling: '7' is, '007' and '+7' and '7.0' are not."""
     digits = text[1:] if text.startswith("-") else text
-    if not (digits.isascii() and digits.isdigit()) or len(digits) > 18:
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > 19:
         return False
-    return str(int(text)) == text
+    return -(1 << 63) <= int(text) < 1 << 63 and str(int(text)) == text
 
 
 def open_array(path: Path) -> NDArray[Any]:
