@@ -24,7 +24,12 @@ PAIR_DATA = {"smoke": "world", "desk": "ml_100k", "full": "ml_1m_sasrec"}
 def train_pair(made: Split, scale: Scale, seed: int, **settings: Any) -> tuple[BPR, APR]:
     """BPR continued and APR, both from the same BPR vectors, with equal budgets."""
     before, after = BUDGET[scale]
-    common = {"batch_size": 2048, "monitor": METRIC, "evaluate_every": max(1, after // 20), "patience": 1000}
+    common: dict[str, Any] = {
+        "batch_size": 2048,
+        "monitor": METRIC,
+        "evaluate_every": max(1, after // 20),
+        "patience": 1000,
+    }
     first = BPR(epochs=before, **common)
     first.fit(made, Run(seed=1000 + seed))
     plain = BPR(epochs=after, **common)
@@ -47,7 +52,9 @@ class Robustness(_PairClaim):
     """APR loses less than BPR when its vectors are moved along the gradient."""
 
     variant = "robustness"
-    statement = "Moving every vector by 1 along the worst direction costs APR at most 0.75 of the NDCG@100 that it costs BPR."
+    statement = (
+        "Moving every vector by 1 along the worst direction costs APR at most 0.75 of the NDCG@100 that it costs BPR."
+    )
     metric = "share of NDCG@100 lost at eps 1"
     effect = "0.75 x the share BPR loses, less the share APR loses"
     reported = "paper, figure on robustness: at eps 0.5 BPR loses a large share, APR a few per cent (recalled)"
@@ -56,7 +63,10 @@ class Robustness(_PairClaim):
         """Train the pair and nudge both."""
         made = split(dataset)
         plain, hardened = train_pair(made, scale, seed)
-        lost = {name: robustness(model, made, metric=METRIC, seed=seed) for name, model in (("bpr", plain), ("apr", hardened))}
+        lost = {
+            name: robustness(model, made, metric=METRIC, seed=seed)
+            for name, model in (("bpr", plain), ("apr", hardened))
+        }
         at = {name: next(row for row in rows if row["eps"] == 1.0) for name, rows in lost.items()}
         baseline, method = at["bpr"]["gradient_drop"], at["apr"]["gradient_drop"]
         return Measurement(baseline, method, 0.75 * baseline - method, details={"rows": lost})
@@ -67,7 +77,9 @@ class WorstIsWorse(_PairClaim):
     """The gradient's direction is far worse than a random one."""
 
     variant = "direction"
-    statement = "For BPR, moving every vector by 1 along the gradient costs at least 3 times the NDCG@100 of a random move as long."
+    statement = (
+        "Moving every BPR vector by 1 along the gradient costs at least 3 times the NDCG@100 of a random move as long."
+    )
     metric = "share of NDCG@100 lost by BPR at eps 1"
     effect = "share lost along the gradient, less 3 x the share lost in a random direction"
     baseline = "random direction"
@@ -78,11 +90,16 @@ class WorstIsWorse(_PairClaim):
         """Train BPR as long as the pair is and nudge it both ways."""
         made = split(dataset)
         before, after = BUDGET[scale]
-        model = BPR(epochs=before + after, batch_size=2048, monitor=METRIC, evaluate_every=max(1, after // 20), patience=1000)
+        model = BPR(
+            epochs=before + after, batch_size=2048, monitor=METRIC, evaluate_every=max(1, after // 20), patience=1000
+        )
         model.fit(made, Run(seed=seed))
         row = robustness(model, made, eps=(1.0,), metric=METRIC, seed=seed)[0]
         return Measurement(
-            row["random_drop"], row["gradient_drop"], row["gradient_drop"] - 3 * row["random_drop"], details={"rows": row}
+            row["random_drop"],
+            row["gradient_drop"],
+            row["gradient_drop"] - 3 * row["random_drop"],
+            details={"rows": row},
         )
 
 
@@ -93,7 +110,9 @@ class Accuracy(_PairClaim):
     variant = "accuracy"
     statement = "APR has a higher test NDCG@100 than BPR continued from the same vectors for as many epochs."
     metric = METRIC
-    reported = "paper: +11.2 % on average over Yelp, Pinterest and Gowalla and four metrics, which are sparser and larger"
+    reported = (
+        "paper: +11.2 % on average over Yelp, Pinterest and Gowalla and four metrics, which are sparser and larger"
+    )
 
     def measure(self, dataset: Dataset, scale: Scale, seed: int) -> Measurement:
         """Train the pair and rank."""

@@ -74,7 +74,9 @@ class Claim(ABC):
             ConfigError: the claim has no such scale.
         """
         if scale not in self.data:
-            raise ConfigError(f"{self.slug} ({self.variant}) has no scale {scale!r}", hint=did_you_mean(scale, self.data))
+            raise ConfigError(
+                f"{self.slug} ({self.variant}) has no scale {scale!r}", hint=did_you_mean(scale, self.data)
+            )
         return self.data[scale]
 
 

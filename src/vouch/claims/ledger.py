@@ -81,7 +81,9 @@ def read_ledger(path: Path | None = None) -> list[LedgerEntry]:
                 entries.append(LedgerEntry(**json.loads(line)))
             except (json.JSONDecodeError, TypeError) as error:
                 raise StorageError(
-                    f"the ledger has a line that is no entry: {error}", where=f"{file}, line {number}", hint="mend or drop it"
+                    f"the ledger has a line that is no entry: {error}",
+                    where=f"{file}, line {number}",
+                    hint="mend or drop it",
                 ) from error
     return entries
 

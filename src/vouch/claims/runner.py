@@ -99,7 +99,14 @@ def run_claim(
         seconds=round(time.perf_counter() - begin, 1),
         machine=describe_machine(),
         per_seed=[
-            {"seed": seed, "baseline": m.baseline, "method": m.method, "effect": m.effect, "seconds": m.seconds, **m.details}
+            {
+                "seed": seed,
+                "baseline": m.baseline,
+                "method": m.method,
+                "effect": m.effect,
+                "seconds": m.seconds,
+                **m.details,
+            }
             for seed, m in enumerate(measured)
         ],
     )
@@ -123,7 +130,13 @@ def effect_interval(measured: Sequence[Measurement]) -> Interval:
 
 
 def _measure_all(
-    found: Claim, prepared: Path, scale: Scale, n: int, folder: Path, jobs: int | None, say: Callable[[str, int, int], None]
+    found: Claim,
+    prepared: Path,
+    scale: Scale,
+    n: int,
+    folder: Path,
+    jobs: int | None,
+    say: Callable[[str, int, int], None],
 ) -> list[Measurement]:
     cores = os.cpu_count() or 1
     workers = max(1, min(jobs or cores, n, cores))
@@ -144,9 +157,7 @@ def _measure_all(
     return [_load(folder, seed) for seed in range(n)]
 
 
-def _measure_seed(
-    slug: str, variant: str, prepared: Path, scale: Scale, seed: int, folder: Path, threads: int
-) -> None:
+def _measure_seed(slug: str, variant: str, prepared: Path, scale: Scale, seed: int, folder: Path, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)

@@ -63,9 +63,7 @@ class Loss(_SASRecClaim):
     def measure(self, dataset: Dataset, scale: Scale, seed: int) -> Measurement:
         """Train both with the same budget."""
         made = split(dataset)
-        return measured(
-            made, train(made, scale, seed, loss="bce"), train(made, scale, seed, loss="sampled_softmax")
-        )
+        return measured(made, train(made, scale, seed, loss="bce"), train(made, scale, seed, loss="sampled_softmax"))
 
 
 @register_claim
@@ -88,7 +86,12 @@ class BeatsPopularity(_SASRecClaim):
         assert found.baseline_cases is not None
         tripled = 3 * found.baseline
         return Measurement(
-            tripled, found.method, found.method - tripled, 3 * np.asarray(found.baseline_cases), found.method_cases, found.details
+            tripled,
+            found.method,
+            found.method - tripled,
+            3 * np.asarray(found.baseline_cases),
+            found.method_cases,
+            found.details,
         )
 
 
@@ -106,8 +109,8 @@ class Calibration(_SASRecClaim):
     def measure(self, dataset: Dataset, scale: Scale, seed: int) -> Measurement:
         """Train both with the same budget."""
         made = split(dataset)
-        pair = [train(made, scale, seed, loss="gbce", dropout=0.3, calibration=t) for t in (0.0, 0.75)]
-        return measured(made, *pair)
+        plain, calibrated = (train(made, scale, seed, loss="gbce", dropout=0.3, calibration=t) for t in (0.0, 0.75))
+        return measured(made, plain, calibrated)
 
 
 @register_claim

@@ -59,7 +59,9 @@ def systems(
     shared.console().print(table)
     if not baselines:
         works = sum(row["status"] == "works" for row in rows)
-        shared.console().print(f"{works} of {len(rows)} work; {len(baseline_rows())} baselines: vouch systems --baselines")
+        shared.console().print(
+            f"{works} of {len(rows)} work; {len(baseline_rows())} baselines: vouch systems --baselines"
+        )
 
 
 def _settings(slug: str, as_json: bool) -> None:
@@ -71,11 +73,32 @@ def _settings(slug: str, as_json: bool) -> None:
     for row in kind.Config.rows():
         tuned = ""
         if row.search is not None:
-            tuned = ", ".join(map(str, row.search.values)) if isinstance(row.search, Choice) else f"{row.search.low} to {row.search.high}"
-        rows.append({"name": row.name, "type": row.type, "default": row.default, "description": row.description, "tuned_over": tuned})
+            tuned = (
+                ", ".join(map(str, row.search.values))
+                if isinstance(row.search, Choice)
+                else f"{row.search.low} to {row.search.high}"
+            )
+        rows.append(
+            {
+                "name": row.name,
+                "type": row.type,
+                "default": row.default,
+                "description": row.description,
+                "tuned_over": tuned,
+            }
+        )
     if as_json:
         card = kind.card
-        shared.emit({"slug": card.slug, "name": card.name, "area": card.area, "paper": card.paper, "summary": card.summary, "settings": rows})
+        shared.emit(
+            {
+                "slug": card.slug,
+                "name": card.name,
+                "area": card.area,
+                "paper": card.paper,
+                "summary": card.summary,
+                "settings": rows,
+            }
+        )
         return
     from rich.markup import escape
     from rich.table import Table
@@ -85,7 +108,9 @@ def _settings(slug: str, as_json: bool) -> None:
     for name in ("setting", "default", "what it does", "tuned over"):
         table.add_column(name)
     for row_ in rows:
-        table.add_row(row_["name"], escape(str(row_["default"])), escape(row_["description"]), escape(row_["tuned_over"]))
+        table.add_row(
+            row_["name"], escape(str(row_["default"])), escape(row_["description"]), escape(row_["tuned_over"])
+        )
     shared.console().print(table)
 
 
@@ -107,11 +132,18 @@ def list_entries(
     for name in ("claim", "scale", "data", "metric", "baseline", "method", "effect", "95 % interval", "verdict"):
         table.add_column(name, justify="right" if name in ("baseline", "method", "effect") else "left")
     for entry in entries:
-        style = VERDICT_STYLE.get(entry.verdict, "")
+        style, low_high = VERDICT_STYLE.get(entry.verdict, "bold"), entry.interval
         table.add_row(
-            f"{entry.slug} ({entry.variant})", entry.scale, entry.data, entry.metric, f"{entry.baseline:.4f}", f"{entry.method:.4f}",
-            f"{entry.effect:+.4f}", f"{entry.interval[0]:+.4f} to {entry.interval[1]:+.4f}", f"[{style}]{entry.verdict}[/{style}]" if style else entry.verdict,
-        )  # fmt: skip
+            f"{entry.slug} ({entry.variant})",
+            entry.scale,
+            entry.data,
+            entry.metric,
+            f"{entry.baseline:.4f}",
+            f"{entry.method:.4f}",
+            f"{entry.effect:+.4f}",
+            f"{low_high[0]:+.4f} to {low_high[1]:+.4f}",
+            f"[{style}]{entry.verdict}[/{style}]",
+        )
     shared.console().print(table)
     ran = {(entry.slug, entry.variant) for entry in entries}
     waiting = [f"{found.slug} ({found.variant})" for found in claims(slug) if (found.slug, found.variant) not in ran]
@@ -121,13 +153,17 @@ def list_entries(
 
 def run(
     slug: Annotated[str, typer.Argument(help="The system.")],
-    scale: Annotated[str, typer.Option("--scale", help="smoke (seconds), desk (within 30 minutes on two cores), full (paper-sized).")] = "smoke",
+    scale: Annotated[
+        str, typer.Option("--scale", help="smoke (seconds), desk (within 30 minutes on two cores), full (paper-sized).")
+    ] = "smoke",
     variant: Annotated[str | None, typer.Option("--variant", help="Which of its claims; 'all' for every one.")] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="How many; 2 at smoke, 5 otherwise.")] = None,
     data: Annotated[str | None, typer.Option("--data", "-d", help="Run it on other data.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where finished seeds are kept.")] = Path("runs/claims"),
     ledger: Annotated[Path | None, typer.Option("--ledger", help="The file to append to.")] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Processes; as many as cores by default.", min=1)] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", help="Processes; as many as cores by default.", min=1)
+    ] = None,
     as_json: shared.Json = False,
 ) -> None:
     """Run a claim over several seeds, and write effect, interval and verdict to the ledger."""
@@ -176,8 +212,10 @@ def show(
             for entry in ran:
                 _print(entry)
         else:
+            how = f"vouch claims run {slug} --variant {found.variant} --scale desk"
             out = shared.console()
-            out.print(f"\n[bold]{slug} ({found.variant})[/bold]: {found.statement}\n  paper: {found.reported}\n  not run yet: vouch claims run {slug} --variant {found.variant} --scale desk")
+            out.print(f"\n[bold]{slug} ({found.variant})[/bold]: {found.statement}")
+            out.print(f"  paper: {found.reported}\n  not run yet: {how}")
 
 
 def _print(entry: Any) -> None:
@@ -192,4 +230,8 @@ def _print(entry: Any) -> None:
         f"  here:   {entry.metric}: {entry.baseline_name} {entry.baseline:.4f}, {entry.method_name} {entry.method:.4f}; "
         f"effect ({entry.effect_is}) {entry.effect:+.4f} [{entry.interval[0]:+.4f}, {entry.interval[1]:+.4f}]"
     ))  # fmt: skip
-    out.print(escape(f"  how:    {entry.command}; {entry.data}, seeds {entry.seeds[0]} to {entry.seeds[-1]}, commit {entry.commit}"))
+    out.print(
+        escape(
+            f"  how:    {entry.command}; {entry.data}, seeds {entry.seeds[0]} to {entry.seeds[-1]}, commit {entry.commit}"
+        )
+    )

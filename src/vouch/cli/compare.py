@@ -16,7 +16,9 @@ from vouch.cli import shared
 def add_to(app: typer.Typer) -> None:
     """Add the commands."""
     app.command(epilog="Example: vouch demo --out demo")(demo)
-    app.command(epilog="Example: vouch compare --data world --methods popularity,itemknn,sasrec --seeds 3 --trials 4 --out runs/world")(compare)
+    app.command(
+        epilog="Example: vouch compare --data world --methods popularity,itemknn,sasrec --seeds 3 --trials 4 --out runs/world"
+    )(compare)
 
 
 def demo(
@@ -27,7 +29,9 @@ def demo(
     """Build a small simulated shop, train and compare six methods on it, explain the best, write a report."""
     from vouch.compare.demo import demo as run
 
-    shared.say("Building a world of 2,000 people, 1,500 things and about 60,000 events, and comparing six methods on it.")
+    shared.say(
+        "Building a world of 2,000 people, 1,500 things and about 60,000 events, and comparing six methods on it."
+    )
     result = run(out, seed=seed, command=_command(), on_progress=_progress())
     if as_json:
         shared.emit(result.comparison.to_dict())
@@ -48,16 +52,27 @@ def demo(
 
 def compare(
     data: shared.Source,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything; the same folder continues where it stopped.")],
-    methods: Annotated[str, typer.Option("--methods", "-m", help="Slugs by commas, or all-sequential, all-collaborative, all.")] = "popularity,itemknn,markov,ease,bpr,sasrec",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for everything; the same folder continues where it stopped.")
+    ],
+    methods: Annotated[
+        str, typer.Option("--methods", "-m", help="Slugs by commas, or all-sequential, all-collaborative, all.")
+    ] = "popularity,itemknn,markov,ease,bpr,sasrec",
     seeds: Annotated[int, typer.Option("--seeds", help="Repeats of each trained method.", min=1)] = 5,
     trials: Annotated[int, typer.Option("--trials", help="Tuning trials of every method, on validation.", min=1)] = 10,
     split_by: shared.SplitBy = "leave-one-out",
-    metrics: Annotated[str, typer.Option("--metrics", help="By commas; the first decides.")] = "NDCG@10,HR@10,MRR,Coverage@10,Novelty@10,Gini@10",
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Fix a setting: METHOD.key=value, or key=value for all that have it.")] = None,
+    metrics: Annotated[
+        str, typer.Option("--metrics", help="By commas; the first decides.")
+    ] = "NDCG@10,HR@10,MRR,Coverage@10,Novelty@10,Gini@10",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Fix a setting: METHOD.key=value, or key=value for all that have it."),
+    ] = None,
     exclude: Annotated[str, typer.Option("--exclude", help="history or none.")] = "history",
     max_seconds: Annotated[float | None, typer.Option("--max-seconds", help="Limit on each training.")] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Processes; as many as cores by default.", min=1)] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", help="Processes; as many as cores by default.", min=1)
+    ] = None,
     ray: Annotated[str | None, typer.Option("--ray", help="Address of a Ray cluster to run on.")] = None,
     device: shared.Device = "auto",
     precision: shared.Precision = "auto",
@@ -134,7 +149,7 @@ def _settings(texts: list[str], methods: list[str]) -> dict[str, list[str]]:
     fixed: dict[str, list[str]] = {}
     for text in texts:
         key = text.partition("=")[0]
-        slug, dot, name = key.partition(".")
+        slug, dot, _ = key.partition(".")
         if dot:
             registry.method(slug)
             fixed.setdefault(slug, []).append(text[len(slug) + 1 :])

@@ -51,17 +51,26 @@ def main(arguments: list[str] | None = None) -> int:
     except VouchError as error:
         complain(error)
     except KeyboardInterrupt:
-        print("\nstopped. Finished work is kept: the same command with --resume (train) or as it was goes on.", file=sys.stderr)
+        print(
+            "\nstopped. Finished work is kept: the same command with --resume (train) or as it was goes on.",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
-        complain(VouchError("there is not enough memory", hint="use a smaller batch_size, or a method with less to hold"))
+        complain(
+            VouchError("there is not enough memory", hint="use a smaller batch_size, or a method with less to hold")
+        )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
-        complain(VouchError(f"cannot write: {error.strerror}", where=error.filename, hint="free some space, or choose another --out"))
+        complain(
+            VouchError(
+                f"cannot write: {error.strerror}", where=error.filename, hint="free some space, or choose another --out"
+            )
+        )
     except typer.Exit as done:
         return done.exit_code
     except Exception as error:

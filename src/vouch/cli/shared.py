@@ -15,9 +15,16 @@ if TYPE_CHECKING:
     from vouch.data import Dataset
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
-Source = Annotated[str, typer.Option("--data", "-d", help="A file, a folder, the word 'world', or a name in $VOUCH_DATA.")]
-Format = Annotated[str | None, typer.Option("--format", help="csv, parquet, jsonl, recbole, movielens-100k, movielens-1m, sequence, session.")]
-Columns = Annotated[str | None, typer.Option("--columns", help="Unusual column names: user=uid,item=sku,time=ts,value=stars.")]
+Source = Annotated[
+    str, typer.Option("--data", "-d", help="A file, a folder, the word 'world', or a name in $VOUCH_DATA.")
+]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help="csv, parquet, jsonl, recbole, movielens-100k, movielens-1m, sequence, session."),
+]
+Columns = Annotated[
+    str | None, typer.Option("--columns", help="Unusual column names: user=uid,item=sku,time=ts,value=stars.")
+]
 Items = Annotated[str | None, typer.Option("--items", help="A table of items (CSV, Parquet, JSON lines).")]
 KCore = Annotated[int, typer.Option("--k-core", help="Fewest rows a user and an item need.", min=0)]
 MinValue = Annotated[float | None, typer.Option("--min-value", help="Least rating that counts as positive.")]
@@ -25,7 +32,9 @@ Duplicates = Annotated[str, typer.Option("--duplicates", help="Rows kept of one 
 Since = Annotated[str | None, typer.Option("--since", help="First moment kept: 2024-01-31 or unix seconds.")]
 Until = Annotated[str | None, typer.Option("--until", help="First moment no longer kept.")]
 SplitBy = Annotated[str, typer.Option("--split", help="leave-one-out, temporal, ratio or session.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="A setting of the method: key=value. Repeat for more.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting of the method: key=value. Repeat for more.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[str, typer.Option("--precision", help="auto, 32 or bf16.")]
 
@@ -92,7 +101,12 @@ def filters(k_core: int, min_value: float | None, duplicates: str, since: str | 
     from vouch.data.filters import Filters
 
     return Filters(
-        k_core_user=k_core, k_core_item=k_core, min_value=min_value, duplicates=duplicates, since=since, until=until
+        k_core_user=k_core,
+        k_core_item=k_core,
+        min_value=min_value,
+        duplicates=duplicates,  # type: ignore[arg-type]
+        since=since,
+        until=until,
     )
 
 

@@ -28,7 +28,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     device: shared.Device = "auto",
     precision: shared.Precision = "auto",
-    max_seconds: Annotated[float | None, typer.Option("--max-seconds", help="Stop after the epoch in which this passes.")] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option("--max-seconds", help="Stop after the epoch in which this passes.")
+    ] = None,
     mlflow: Annotated[str | None, typer.Option("--mlflow", help="MLflow tracking URI to log to as well.")] = None,
     format: shared.Format = None,
     columns: shared.Columns = None,
@@ -44,6 +46,8 @@ def train(
     from vouch import registry
     from vouch.data import Dataset, check_leaks
     from vouch.data import split as cut
+    from vouch.data.filters import apply
+    from vouch.data.readers import read
     from vouch.evaluation import evaluate as measure
     from vouch.recommenders.runs import begin_run, finish_run
     from vouch.training import Run
@@ -54,20 +58,28 @@ def train(
     if resume and (out / "data" / "dataset.json").exists():
         dataset, kept = Dataset.open(out / "data"), True
     else:
-        dataset, kept = shared.load_data(data, format, columns, items, chosen), False
+        found = read(data, format=format, columns=shared.parse_columns(columns), items=items)
+        dataset = apply(found, chosen)
+        kept = shared.is_prepared(data) and dataset is found  # it lies where it was prepared
     made = cut(dataset, split_by)
     check_leaks(made)
-    untouched = shared.is_prepared(data) and not dataset.interactions.notes.get("filters")
-    begin_run(out, dataset, data, keep_data=not kept and not untouched)
+    begin_run(out, dataset, data, keep_data=not kept)
     for why, count in made.dropped.items():
         shared.say(f"note: {count:,} {why}")
     model = kind(config)
     run = Run(
-        path=out, seed=seed, device=device, precision=precision, resume=resume, progress=True, max_seconds=max_seconds, mlflow=mlflow  # type: ignore[arg-type]
+        path=out,
+        seed=seed,
+        device=device,
+        precision=precision,  # type: ignore[arg-type]
+        resume=resume,
+        progress=True,
+        max_seconds=max_seconds,
+        mlflow=mlflow,
     )
     report = model.fit(made, run)
-    found = measure(model, made.valid, metrics=["NDCG@10", "HR@10", "MRR"], train=made.train).metrics
-    finish_run(out, model, made, report, source=data, seed=seed, metrics=found)
+    metrics = measure(model, made.valid, metrics=["NDCG@10", "HR@10", "MRR"], train=made.train).metrics
+    finish_run(out, model, made, report, source=data, seed=seed, metrics=metrics)
     result = {
         "run": str(out),
         "method": method,
@@ -75,13 +87,15 @@ def train(
         "epochs": report.epochs,
         "best_epoch": report.best_epoch,
         "stopped": report.stopped,
-        "validation": found,
+        "validation": metrics,
     }
     if as_json:
         shared.emit(result)
         return
-    text = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-    shared.console().print(f"{kind.card.name} on {dataset.name}: validation {text} ({report.seconds:.1f} s, {report.epochs} epochs)")
+    text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    shared.console().print(
+        f"{kind.card.name} on {dataset.name}: validation {text} ({report.seconds:.1f} s, {report.epochs} epochs)"
+    )
     shared.console().print(f"next: vouch evaluate {out}")
 
 
@@ -89,9 +103,13 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     metrics: Annotated[str, typer.Option("--metrics", help="Names, by commas.")] = "NDCG@10,HR@10,MRR,NDCG@20,HR@20",
     part: Annotated[str, typer.Option("--part", help="test or valid.")] = "test",
-    exclude: Annotated[str, typer.Option("--exclude", help="history: never rank what the history holds; none: rank all.")] = "history",
+    exclude: Annotated[
+        str, typer.Option("--exclude", help="history: never rank what the history holds; none: rank all.")
+    ] = "history",
     ties: Annotated[str, typer.Option("--ties", help="expected or midrank.")] = "expected",
-    sampled: Annotated[int | None, typer.Option("--sampled", help="Rank against this many sampled items: biased, and named so.")] = None,
+    sampled: Annotated[
+        int | None, typer.Option("--sampled", help="Rank against this many sampled items: biased, and named so.")
+    ] = None,
     as_json: shared.Json = False,
 ) -> None:
     """Measure a run: every case against every item, with intervals."""
@@ -145,7 +163,9 @@ def evaluate(
 def recommend(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     user: Annotated[str | None, typer.Option("--user", "-u", help="A user of the log.")] = None,
-    history: Annotated[str | None, typer.Option("--history", help="Item ids by commas, oldest first; quote ids that hold commas.")] = None,
+    history: Annotated[
+        str | None, typer.Option("--history", help="Item ids by commas, oldest first; quote ids that hold commas.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="How many items.", min=1)] = 10,
     repeat: Annotated[bool, typer.Option("--repeat", help="Items of the history may be recommended again.")] = False,
     as_json: shared.Json = False,
@@ -169,8 +189,17 @@ def recommend(
             break
         reasons = why(model, queries, 0, int(code))
         because = [{"item": log.items.id(r.item), "title": catalog.title(r.item), "drop": r.drop} for r in reasons]
-        rows.append({"item": log.items.id(int(code)), "title": catalog.title(int(code)), "score": float(score), "because": because})
-    recent = [{"item": log.items.id(int(c)), "title": catalog.title(int(c))} for c in queries.history(0)[::-1][:10]]
+        rows.append(
+            {
+                "item": log.items.id(int(code)),
+                "title": catalog.title(int(code)),
+                "score": float(score),
+                "because": because,
+            }
+        )
+    recent: list[dict[str, Any]] = [
+        {"item": log.items.id(int(c)), "title": catalog.title(int(c))} for c in queries.history(0)[::-1][:10]
+    ]
     fallback = bool(ranking.fallback[0])
     if as_json:
         shared.emit({"user": user, "history": recent, "fallback": fallback, "recommendations": rows})
@@ -187,9 +216,9 @@ def recommend(
     for name in ("", "item", "title", "score", "what mattered most"):
         table.add_column(name, justify="right" if name in ("", "score") else "left")
     for place, row in enumerate(rows, 1):
-        because = "; ".join(str(reason["title"]) for reason in row["because"]) or "-"
-        title = "" if str(row["title"]) == str(row["item"]) else str(row["title"])
-        table.add_row(str(place), escape(str(row["item"])), escape(title), f"{row['score']:.4g}", escape(because))
+        mattered = "; ".join(str(reason["title"]) for reason in row["because"]) or "-"
+        name = "" if str(row["title"]) == str(row["item"]) else str(row["title"])
+        table.add_row(str(place), escape(str(row["item"])), escape(name), f"{row['score']:.4g}", escape(mattered))
     out.print(table)
 
 

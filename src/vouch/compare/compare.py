@@ -89,7 +89,9 @@ class Comparison:
                 table.add_row(row["name"], *["-"] * (len(accuracy) + 2), f"failed: {row['error']}", style="red")
                 continue
             low, high = row["intervals"][self.plan.headline]
-            cells = [f"{row['metrics'][accuracy[0]]:.4f} [dim][{low:.4f}, {high:.4f}][/dim]".replace("[dim][", "[dim]\\[")]
+            cells = [
+                f"{row['metrics'][accuracy[0]]:.4f} [dim][{low:.4f}, {high:.4f}][/dim]".replace("[dim][", "[dim]\\[")
+            ]
             cells += [f"{row['metrics'][name]:.4f}" for name in accuracy[1:]]
             fit, p50 = row["cost"]["fit_seconds"], row["cost"]["latency_p50_ms"]
             style = "bold" if row is self.rows[0] else None
@@ -148,7 +150,9 @@ def compare(
     check_leaks(made)
     names = tuple(parse_metric(name).name for name in (metrics or Plan.metrics))
     if parse_metric(names[0]).beyond:
-        raise ConfigError(f"the first metric decides, and {names[0]} does not measure accuracy", hint="begin with NDCG@10")
+        raise ConfigError(
+            f"the first metric decides, and {names[0]} does not measure accuracy", hint="begin with NDCG@10"
+        )
     if "ILD" in "".join(names) and not opened.catalog.table.width:
         raise ConfigError("ILD needs a catalogue", hint="leave it out, or give --items")
     plan = Plan(
@@ -195,7 +199,8 @@ def _run_all(
     with _executor(jobs, ray) as pool:
         # The long ones first, so that no core waits for them at the end.
         waiting: dict[Future[Any], tuple[str, int | None]] = {
-            pool.submit(tune, plan, slug, units, threads): (slug, None) for slug in sorted(plan.methods, key=is_random, reverse=True)
+            pool.submit(tune, plan, slug, units, threads): (slug, None)
+            for slug in sorted(plan.methods, key=is_random, reverse=True)
         }
         seed_results: dict[str, list[dict[str, Any]]] = {slug: [] for slug in plan.methods}
         try:
@@ -280,7 +285,9 @@ def _assemble(
             }
         )
     if not values:
-        raise DataError(f"every method failed; the first because: {rows[0]['error']}", hint="see the settings and the data")
+        raise DataError(
+            f"every method failed; the first because: {rows[0]['error']}", hint="see the settings and the data"
+        )
     rows.sort(key=lambda row: -row["metrics"][plan.headline] if row["status"] == "ok" else np.inf)
     verdict = judge(plan.headline, {slug: found[plan.headline] for slug, found in values.items()}, _names(rows), SIMPLE)
     for row in rows:
@@ -321,7 +328,13 @@ def _warnings(dataset: Dataset, dropped: Mapping[str, int]) -> list[str]:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+    return (
+        f"{seconds * 1000:.0f} ms"
+        if seconds < 1
+        else f"{seconds:.1f} s"
+        if seconds < 120
+        else f"{seconds / 60:.1f} min"
+    )
 
 
 def _standing(row: dict[str, Any]) -> str:

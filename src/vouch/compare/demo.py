@@ -21,7 +21,10 @@ from vouch.registry import method
 from vouch.training import Run
 
 METHODS = ("popularity", "itemknn", "markov", "ease", "bpr", "sasrec")
-BUDGET = {"bpr": ("epochs=60", "patience=4", "evaluate_every=10"), "sasrec": ("epochs=15", "patience=3", "evaluate_every=3", "max_length=30", "num_layers=1", "hidden_size=64")}
+BUDGET = {
+    "bpr": ("epochs=60", "patience=4", "evaluate_every=10"),
+    "sasrec": ("epochs=15", "patience=3", "evaluate_every=3", "max_length=30", "num_layers=1", "hidden_size=64"),
+}
 """Short trainings, so that the demo ends within three minutes on two cores."""
 
 
@@ -91,7 +94,8 @@ def show_people(world: World, model: Recommender, users: list[int], *, k: int = 
             because = " and ".join(_short(catalog.title(reason.item)) for reason in reasons)
             recommended.append(_show(world, int(item), because))
         shops = world.dataset.users["shops"][user] if world.dataset.users is not None else ""
-        name = f"User {log.users.id(user)}: {int(log.lengths[user])} events, shops in {'both shops' if shops == 'both' else shops}"
+        where = "both shops" if shops == "both" else f"the {shops} shop"
+        name = f"User {log.users.id(user)}: {int(log.lengths[user])} events in {where}"
         people.append(Person(name, [_show(world, int(item)) for item in recent], recommended))
     return people
 

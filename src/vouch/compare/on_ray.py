@@ -25,7 +25,9 @@ class RayExecutor(Executor):
         try:
             ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"the Ray cluster {address!r} does not answer: {error}", hint="ray start --head") from error
+            raise ConfigError(
+                f"the Ray cluster {address!r} does not answer: {error}", hint="ray start --head"
+            ) from error
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run `fn(*args, **kwargs)` on the cluster."""

@@ -38,12 +38,14 @@ def all_plots(comparison: Comparison) -> list[dict[str, str]]:
             "svg": _figure(lambda axes: _cost(axes, rows, metric, colours), height=3.4),
         },
     ]
+    by_length = ("Quality by history length", "How much a method needs to know of a person.", "events in the history")
+    by_count = ("Quality by item popularity", "How it does on targets that are rare.", "training events of the target")
     groups = [
-        ("Quality by history length", "How much a method needs to know of a person.", comparison.history, LENGTH_EDGES, "events in the history"),
-        ("Quality by item popularity", "How a method does on targets that are rare in training.", comparison.popularity,
-         _quantile_edges(comparison.popularity), "training events of the target"),
-    ]  # fmt: skip
-    for title, text, by, edges, label in groups:
+        (*by_length, comparison.history, LENGTH_EDGES),
+        (*by_count, comparison.popularity, _quantile_edges(comparison.popularity)),
+    ]
+    for title, text, label, by, edges in groups:
+
         def lines(axes: Any, by: NDArray[Any] = by, edges: Any = edges, label: str = label) -> None:
             _by_group(axes, comparison, rows, metric, colours, by, edges, label)
 
@@ -54,7 +56,9 @@ def all_plots(comparison: Comparison) -> list[dict[str, str]]:
 def _figure(draw: Callable[[Any], None], *, height: float) -> str:
     import matplotlib
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "vouch"}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "vouch"}
+    ):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7.2, height), layout="constrained")
@@ -119,7 +123,9 @@ def _by_group(
     for row in rows:
         values = comparison.values[row["method"]][metric].mean(0)
         means = [float(values[group == number].mean()) for number in present]
-        axes.plot(range(len(present)), means, marker="o", color=colours[row["method"]], label=row["name"], linewidth=1.8)
+        axes.plot(
+            range(len(present)), means, marker="o", color=colours[row["method"]], label=row["name"], linewidth=1.8
+        )
     axes.set_xticks(range(len(present)), [f"{name}\n({count:,})" for name, count in zip(names, counts, strict=True)])
     axes.set_xlabel(f"{label} (cases)")
     axes.set_ylabel(metric)

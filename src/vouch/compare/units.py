@@ -71,7 +71,7 @@ class Plan:
 
     def open(self) -> Split:
         """The data, split."""
-        return split(Dataset.open(self.data), self.protocol, **self.shares)
+        return split(Dataset.open(self.data), self.protocol, **self.shares)  # type: ignore[arg-type]
 
 
 def base_config(plan: Plan, method: str) -> Config:
@@ -182,9 +182,8 @@ def train_seed(
         speed = latency(model, made.test.queries(0, LATENCY_QUERIES))
         arrays = path.with_suffix(".npz")
         with atomic_file(arrays) as aside, aside.open("wb") as file:
-            np.savez_compressed(
-                file, history=found.history_length, popularity=found.target_popularity, **found.per_case
-            )
+            columns: dict[str, Any] = {"history": found.history_length, "popularity": found.target_popularity}
+            np.savez_compressed(file, **columns, **found.per_case)  # type: ignore[arg-type]
         result.update(
             metrics=found.metrics,
             protocol=found.protocol,

@@ -67,7 +67,7 @@ def judge(
         rows = min(len(full[slug]), len(full[best]))
         tests[slug] = paired_test(full[slug][:rows], full[best][:rows])
     corrected = dict(zip(others, holm([tests[slug].p_value for slug in others]), strict=True))
-    against = {
+    against: dict[str, dict[str, Any]] = {
         slug: {
             "effect": test.effect,
             "interval": [test.low, test.high],
@@ -86,7 +86,9 @@ def judge(
             f"[{low:.4f}, {high:.4f}], p = {against[second]['p_value']:.3f} after correction."
         )
     else:
-        rest = " and ".join([", ".join(names[slug] for slug in tied[:-1]), names[tied[-1]]] if len(tied) > 1 else [names[tied[0]]])
+        rest = " and ".join(
+            [", ".join(names[slug] for slug in tied[:-1]), names[tied[-1]]] if len(tied) > 1 else [names[tied[0]]]
+        )
         sentence = (
             f"No: {name} has the highest {metric}, {mean:.4f}, but cannot be told apart from {rest} "
             f"(ahead of {names[second]} by {gap:.4f} [{low:.4f}, {high:.4f}])."

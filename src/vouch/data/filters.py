@@ -55,7 +55,9 @@ def apply(dataset: Dataset, filters: Filters) -> Dataset:
             log = keep(log, late if sign > 0 else ~late, name)
     if filters.min_value is not None:
         if log.value is None:
-            raise DataError("the filter 'min_value' needs values and the log has none", hint="name the column: --columns value=NAME")
+            raise DataError(
+                "the filter 'min_value' needs values and the log has none", hint="name the column: --columns value=NAME"
+            )
         log = keep(log, log.value >= filters.min_value, "min_value")
     if filters.duplicates != "all":
         log = keep(log, _firsts(log, last=filters.duplicates == "last"), "duplicates")
@@ -63,7 +65,9 @@ def apply(dataset: Dataset, filters: Filters) -> Dataset:
         log = keep(log, _k_core(log, filters.k_core_user, filters.k_core_item), "k_core")
     if not dropped:
         return dataset
-    return _shrink(dataset, log, {"filters": filters.model_dump(mode="json", exclude_defaults=True), "dropped": dropped})
+    return _shrink(
+        dataset, log, {"filters": filters.model_dump(mode="json", exclude_defaults=True), "dropped": dropped}
+    )
 
 
 def seconds(moment: str, name: str = "time") -> int:

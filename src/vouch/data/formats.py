@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -12,6 +14,11 @@ from vouch.errors import DataError
 
 SNIFF = 1 << 16
 """Bytes looked at to tell what a file is."""
+GENRES = (
+    "unknown Action Adventure Animation Children Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
+    "Mystery Romance Sci-Fi Thriller War Western"
+)
+"""In the order of the flags of `u.item`."""
 DELIMITERS = ("\t", ",", ";", "|", "::", " ")
 
 
@@ -66,7 +73,7 @@ def _sequence_or_session(path: Path, lines: list[str]) -> str:
     """Lines of ids: users with their items, or sessions? Users are numbered one by one; items in front repeat."""
     first = [line.split()[0] for line in lines if line.strip()]
     numbers = [int(word) for word in first if word.isdigit()]
-    if len(numbers) == len(first) > 1 and all(b == a + 1 for a, b in zip(numbers, numbers[1:], strict=False)):
+    if len(numbers) == len(first) > 1 and all(b == a + 1 for a, b in pairwise(numbers)):
         return "sequence"
     if len(set(first)) < len(first):
         return "session"
@@ -185,8 +192,7 @@ def read_movielens_100k(path: Path) -> RawLog:
 
 def read_movielens_100k_items(path: Path) -> tuple[pl.DataFrame, str]:
     """The original `u.item`: id, title, date, ..., 19 genre flags, by bars, in Latin-1."""
-    genres = ("unknown Action Adventure Animation Children Comedy Crime Documentary Drama Fantasy Film-Noir Horror "
-              "Musical Mystery Romance Sci-Fi Thriller War Western").split()  # fmt: skip
+    genres = GENRES.split()
     rows = [line.split("|") for line in path.read_text(encoding="latin-1").splitlines() if line]
     flags = [[name for name, flag in zip(genres, row[5:], strict=False) if flag == "1"] for row in rows]
     return pl.DataFrame({"item": [r[0] for r in rows], "title": [r[1] for r in rows], "genres": flags}), "item"
@@ -198,7 +204,9 @@ def read_movielens_1m(path: Path) -> RawLog:
     names = frame.collect_schema().names()
     if len(names) < 7:
         raise DataError("a line does not have four fields split by '::'", where=f"{path}, line 1")
-    frame = frame.select(pl.col(names[k]).alias(role) for k, role in ((0, "user"), (2, "item"), (4, "value"), (6, "time")))
+    frame = frame.select(
+        pl.col(names[k]).alias(role) for k, role in ((0, "user"), (2, "item"), (4, "value"), (6, "time"))
+    )
     return RawLog(frame, path)
 
 
@@ -214,7 +222,9 @@ def read_movies_csv(path: Path) -> tuple[pl.DataFrame, str]:
     frame = pl.read_csv(path, infer_schema=False)
     if "genres" in frame.columns:
         missing = pl.col("genres") == "(no genres listed)"
-        frame = frame.with_columns(pl.when(missing).then(None).otherwise(pl.col("genres").str.split("|")).alias("genres"))
+        frame = frame.with_columns(
+            pl.when(missing).then(None).otherwise(pl.col("genres").str.split("|")).alias("genres")
+        )
     return frame, "movieId"
 
 
@@ -228,7 +238,9 @@ def _rename(frame: pl.LazyFrame, roles: list[str], path: Path) -> pl.LazyFrame:
 def _word_lists(path: Path) -> pl.DataFrame:
     """The lines of a text file as lists of words: `line` (from 1) and `words`; blank lines are left out."""
     _head(path)
-    frame = pl.read_csv(path, has_header=False, separator="\x01", quote_char=None, infer_schema=False, new_columns=["text"])
+    frame = pl.read_csv(
+        path, has_header=False, separator="\x01", quote_char=None, infer_schema=False, new_columns=["text"]
+    )
     words = pl.col("text").str.strip_chars().str.replace_all(r"\s+", " ").str.split(" ").alias("words")
     return frame.with_row_index("line", 1).filter(pl.col("text").str.strip_chars() != "").select("line", words)
 
@@ -280,7 +292,9 @@ def read_sequence_parts(paths: list[Path]) -> RawLog:
     if len(paths) == 3:
         lacking = len(first) - parts[1]["user"].n_unique()
         if lacking:
-            notes["warning"] = f"{lacking} of {len(first)} users have no line in {paths[1].name}: their second-last event is unknown"
+            notes["warning"] = (
+                f"{lacking} of {len(first)} users have no line in {paths[1].name}: their second-last event is unknown"
+            )
     return RawLog(rows.lazy(), paths[0], first_line=None, notes=notes)
 
 
@@ -302,7 +316,8 @@ def read_attributes(path: Path) -> tuple[pl.DataFrame, str]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"the attributes are not JSON: {error}", where=str(path)) from error
     values = [[str(value) for value in dict.fromkeys(row)] for row in table.values()]
-    return pl.DataFrame({"item": list(table), "attributes": values}, schema={"item": pl.String, "attributes": pl.List(pl.String)}), "item"
+    schema: dict[str, Any] = {"item": pl.String, "attributes": pl.List(pl.String)}
+    return pl.DataFrame({"item": list(table), "attributes": values}, schema=schema), "item"
 
 
 def read_items(path: Path) -> tuple[pl.DataFrame, str]:
@@ -319,5 +334,7 @@ def read_items(path: Path) -> tuple[pl.DataFrame, str]:
         if name in lowered:
             return frame, lowered[name]
     raise DataError(
-        f"no column looks like the item id: found {', '.join(frame.columns[:20])}", where=str(path), hint="name it 'item'"
+        f"no column looks like the item id: found {', '.join(frame.columns[:20])}",
+        where=str(path),
+        hint="name it 'item'",
     )

@@ -76,7 +76,9 @@ def inspect(dataset: Dataset) -> Inspection:
         "popularity_gini": round(_gini(counts), 4),
         "repeated_user_item_pairs": repeats,
         "columns": [name for name in ("time", "value", "scenario", "domain") if getattr(log, name) is not None],
-        "catalog": {name: int(dataset.catalog.table[name].drop_nulls().len()) for name in dataset.catalog.table.columns},
+        "catalog": {
+            name: int(dataset.catalog.table[name].drop_nulls().len()) for name in dataset.catalog.table.columns
+        },
     }
     warnings = _about_people_and_items(log, lengths, repeats)
     if log.time is not None:
@@ -116,13 +118,18 @@ def _about_people_and_items(log: Interactions, lengths: NDArray[np.int64], repea
     for kind, vocabulary in (("user", log.users), ("item", log.items)):
         twins = _near_twins(vocabulary)
         if twins:
-            found.append(f"{twins[2]:,} {kind} ids differ from another only in case or spaces, such as {twins[0]!r} and {twins[1]!r}")
+            found.append(
+                f"{twins[2]:,} {kind} ids differ from another only in case or spaces, such as {twins[0]!r} and {twins[1]!r}"
+            )
     if log.value is not None and len(log) > 1 and float(log.value.min()) == float(log.value.max()):
         found.append(f"every value is {float(log.value[0]):g}: the column says nothing")
     elif log.value is not None and float(log.value.max()) > 3:
-        low = float((log.value <= 0.4 * float(log.value.max())).mean())
+        bound = 0.4 * float(log.value.max())
+        low = float((log.value <= bound).mean())
         if low > 0.05:
-            found.append(f"{low:.0%} of the values are low (at most {0.4 * float(log.value.max()):g}) and count as positive unless --min-value is set")
+            found.append(
+                f"{low:.0%} of the values are at most {bound:g} and count as positive unless --min-value is set"
+            )
     return found
 
 

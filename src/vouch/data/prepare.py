@@ -33,7 +33,9 @@ def prepare(
     out = Path(out)
     check_writable(out)
     if out.exists() and not (out / "dataset.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StorageError(f"{out.name!r} exists and is no prepared dataset", where=str(out), hint="choose another --out")
+        raise StorageError(
+            f"{out.name!r} exists and is no prepared dataset", where=str(out), hint="choose another --out"
+        )
     dataset = read(source, format=format, columns=columns, items=items, name=name)
     if filters is not None:
         dataset = apply(dataset, filters)

@@ -95,9 +95,7 @@ def find_source(source: str | Path) -> Path:
     raise StorageError(f"there is no file or folder {str(source)!r}", hint=hint)
 
 
-def open_source(
-    path: Path, *, format: str | None, columns: Mapping[str, str] | None, scratch: Path
-) -> RawLog:
+def open_source(path: Path, *, format: str | None, columns: Mapping[str, str] | None, scratch: Path) -> RawLog:
     """Find the form of a source and open it lazily. Gzipped files are unpacked into `scratch` first."""
     if format is not None and format not in FORMATS:
         raise ConfigError(f"there is no format {format!r}", hint=did_you_mean(format, FORMATS))
@@ -114,7 +112,9 @@ def open_source(
 
 def _open_folder(folder: Path, format: str | None, scratch: Path) -> RawLog:
     """The first layout that fits the folder's files."""
-    files = {_bare(file.name): file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")}
+    files = {
+        _bare(file.name): file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")
+    }
 
     def plain(name: str) -> Path:
         return unpack(files[name], scratch)
@@ -160,7 +160,9 @@ def _open_folder(folder: Path, format: str | None, scratch: Path) -> RawLog:
         raw.source = files["sessions.txt"]
     else:
         logs = [name for name in files if Path(name).suffix in (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")]
-        named = [name for name in logs if Path(name).stem in ("log", "interactions", "events", "reviews", "ratings", "inter")]
+        named = [
+            name for name in logs if Path(name).stem in ("log", "interactions", "events", "reviews", "ratings", "inter")
+        ]
         choice = named if len(named) == 1 else logs
         if len(choice) != 1:
             found = ", ".join(sorted(files)[:12]) or "nothing"

@@ -41,8 +41,9 @@ class Evaluation:
         user: int32 `(Q,)` user codes.
         history_length: int64 `(Q,)`.
         target_popularity: int64 `(Q,)` training count of the first target (0 without `train`).
-        protocol: how it was measured: `exclude`, `ties`, `candidates`, `cases`, and the number of targets,
-            `targets_in_history` (misses; counted under `exclude="history"`) and `cold_targets` (not in `train`, where given).
+        protocol: how it was measured: `exclude`, `ties`, `candidates`; and the numbers of `cases`, of `targets`, of
+            `targets_in_history` that were misses for that (under `exclude="history"`), and of `cold_targets` that
+            `train`, where given, does not have.
     """
 
     metrics: dict[str, float]

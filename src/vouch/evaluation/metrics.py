@@ -182,7 +182,7 @@ def _within(groups: Groups, k: float) -> Floats:
 
 
 def _mean_worth(groups: Groups, k: float, total: Floats) -> Floats:
-    """What a target of each group earns `(G,)`, where the first `r` places together are worth `total[r]`, `r` to `k`."""
+    """What a target of each group earns `(G,)`; the first `r` places together are worth `total[r]`, up to `k`."""
     low = np.minimum(groups.above, k)
     return (total[(low + _within(groups, k)).astype(np.int64)] - total[low.astype(np.int64)]) / groups.size
 

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vouch.errors import ConfigError
+from vouch.nn.dropout import Dropout, dropout
+
 Variant = Literal["original", "pre", "post"]
 
 
@@ -19,12 +22,18 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention `(B, T, D) -> (B, T, D)`.
 
     Takes queries, and keys with values, apart, because the original SASRec normalises the queries only.
+
+    Raises:
+        ConfigError: `num_heads` does not divide `hidden_size`.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
+            raise ConfigError(
+                f"num_heads is {num_heads}, which does not divide hidden_size {hidden_size}",
+                hint="choose a hidden_size that is a multiple of num_heads",
+            )
         self.num_heads, self.dropout = num_heads, dropout
         self.query = nn.Linear(hidden_size, hidden_size)
         self.key_value = nn.Linear(hidden_size, 2 * hidden_size)
@@ -35,9 +44,22 @@ class SelfAttention(nn.Module):
         B, T, D = query_BTD.shape
         q = self.query(query_BTD).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, D/H)
         kv = self.key_value(memory_BTD).view(B, T, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, kv[0], kv[1], mask, dropout_p=dropout, is_causal=mask is None)
+        p = self.dropout if self.training else 0.0
+        if p and q.device.type == "cpu":  # torch has no fused kernel for this case; at these lengths ours is faster
+            mixed = _attend(q, kv[0], kv[1], mask, p)
+        else:
+            mixed = F.scaled_dot_product_attention(q, kv[0], kv[1], mask, dropout_p=p, is_causal=mask is None)
         return self.out(mixed.transpose(1, 2).reshape(B, T, D))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """Attention `(B, H, T, D/H)` written out, with dropout of the attention weights."""
+    T = q.shape[-2]
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)
+    return dropout(weights, p) @ v
 
 
 class Block(nn.Module):
@@ -57,7 +79,7 @@ class Block(nn.Module):
         self.feed_norm = nn.LayerNorm(hidden_size, eps=1e-8)
         self.expand = nn.Linear(hidden_size, inner)
         self.contract = nn.Linear(inner, hidden_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def feed(self, x_BTD: Tensor) -> Tensor:
         """The position-wise feed-forward layer."""
@@ -98,7 +120,7 @@ class Transformer(nn.Module):
         self.position = nn.Embedding(max_length, hidden_size)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, dropout, variant) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size, eps=1e-8)  # first for `post`, last for the others
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_BTD: Tensor, lengths: Tensor, *, causal: bool = True) -> Tensor:
         """Encode left-aligned vectors `(B, T, D)` of sequences of `lengths` `(B,)`, at most `max_length`."""

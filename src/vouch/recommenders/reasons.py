@@ -20,7 +20,9 @@ class Reason:
     drop: float
 
 
-def why(model: Recommender, queries: Queries, row: int, item: int, *, most: int = 3, look_back: int = 50) -> list[Reason]:
+def why(
+    model: Recommender, queries: Queries, row: int, item: int, *, most: int = 3, look_back: int = 50
+) -> list[Reason]:
     """The history items of query `row` whose removal lowers the standing of `item` most, strongest first.
 
     Standing is the item's score in standard deviations above the mean score of all items, so that methods whose

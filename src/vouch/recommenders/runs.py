@@ -1,9 +1,9 @@
 """Run folders: a trained model with all that is needed to use it and to know where it came from.
 
-    run.json       what was trained, on what, how, and what came of it
-    model/         the recommender (see `Recommender.save`)
-    data/          the prepared dataset, unless it was trained from one (then run.json holds its path)
-    checkpoints/   best and last; log.jsonl: every step
+run.json       what was trained, on what, how, and what came of it
+model/         the recommender (see `Recommender.save`)
+data/          the prepared dataset, unless it was trained from one (then run.json holds its path)
+checkpoints/   best and last; log.jsonl: every step
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def open_run(path: Path | str) -> OpenRun:
         if (path / "begun.json").exists():
             hint = "go on with: vouch train METHOD ... --resume (the last checkpoint is kept)"
             raise StorageError(f"the run in {path.name!r} was not finished", where=str(path), hint=hint)
-        raise StorageError(f"there is no run in {str(path)!r}", hint="vouch train METHOD --data SOURCE --out RUN makes one")
+        raise StorageError(
+            f"there is no run in {str(path)!r}", hint="vouch train METHOD --data SOURCE --out RUN makes one"
+        )
     header = read_json(path / "run.json")
     if header.get("format", 0) > FORMAT:
         raise StorageError(

@@ -71,7 +71,9 @@ def make_events(config: WorldConfig, items: Items, users: Users, block: int) -> 
     item = _ring(config, random, items, user, interest)
     # Position bias: lists are looked at from the top, and what is on top is clicked without much interest.
     chance = np.arange(1, PLACES + 1, dtype=np.float64) ** -config.position_bias
-    position = 1 + np.searchsorted(np.cumsum(chance / chance.sum()), random.random(n), side="right").clip(max=PLACES - 1)
+    position = 1 + np.searchsorted(np.cumsum(chance / chance.sum()), random.random(n), side="right").clip(
+        max=PLACES - 1
+    )
     careless = 1.6 / (1 + 0.3 * (position - 1))
     is_noise = random.random(n) < np.minimum(config.noise_share * SCENARIO_NOISE[scenario] * careless, 0.95)
     shown = np.searchsorted(np.cumsum(items.popularity), random.random(n), side="right").clip(max=config.items - 1)
@@ -177,7 +179,9 @@ def _repeats(
     n = len(user)
     back = np.arange(n) - random.integers(1, 8, n)
     source = np.maximum(back, 0)
-    fits = (back >= 0) & (user[source] == user) & CONSUMABLE[items.category[item[source]]] & ~is_noise & ~is_noise[source]
+    fits = (
+        (back >= 0) & (user[source] == user) & CONSUMABLE[items.category[item[source]]] & ~is_noise & ~is_noise[source]
+    )
     # Consumables are a quarter of the goods, so the chance is raised to give the share asked for.
     again = fits & (random.random(n) < min(1.0, 3 * config.repeat_share))
     return np.where(again, item[source], item), again

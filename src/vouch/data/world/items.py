@@ -29,7 +29,18 @@ BRANDS = (
     ("Indigo Lane", "Juniper", "Kestrel", "Linden", "Marlow", "Northgate", "Ostara", "Pell"),
 )
 MATERIALS = (
-    "stoneware", "brass", "oak", "terracotta", "beeswax", "glass", "linen", "suede", "canvas", "felt", "steel", "merino"
+    "stoneware",
+    "brass",
+    "oak",
+    "terracotta",
+    "beeswax",
+    "glass",
+    "linen",
+    "suede",
+    "canvas",
+    "felt",
+    "steel",
+    "merino",
 )
 
 
@@ -106,7 +117,9 @@ def make_items(config: WorldConfig) -> Items:
     brand = _draw(brand_taste[cluster], random)
     colour = _draw(colour_taste[cluster], random)
     brand_style = random.normal(size=(len(DOMAINS), len(BRANDS[0]), STYLE)).astype(np.float32)
-    style = centres[cluster] + 0.5 * brand_style[domain, brand] + 0.4 * random.normal(size=(n, STYLE)).astype(np.float32)
+    style = (
+        centres[cluster] + 0.5 * brand_style[domain, brand] + 0.4 * random.normal(size=(n, STYLE)).astype(np.float32)
+    )
     price = np.exp(PRICE[category] + 0.12 * (brand - 3.5) + 0.25 * random.normal(size=n)).astype(np.float32).round(2)
     weight = np.arange(1, n + 1, dtype=np.float64) ** -config.popularity_skew
     popularity = random.permutation(weight / weight.sum())
@@ -118,7 +131,9 @@ def make_items(config: WorldConfig) -> Items:
     sums = np.concatenate([[0.0], total])[bounds[1:]] - before
     edges = (total - before[cluster[order]]) / sums[cluster[order]]
     shared = random.random(n) < config.shared_items
-    return Items(domain, shared, category, brand, colour, price, style, cluster, popularity, order, edges, bounds, centres)
+    return Items(
+        domain, shared, category, brand, colour, price, style, cluster, popularity, order, edges, bounds, centres
+    )
 
 
 def _draw(probability: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.int16]:

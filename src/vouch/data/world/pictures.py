@@ -47,7 +47,9 @@ class Pen:
         """A line with round joints."""
         self._draw.line([tuple(self._at(x, y)) for x, y in points], colour, max(1, round(width * self._unit)), "curve")
 
-    def arc(self, x0: float, y0: float, x1: float, y1: float, start: float, end: float, colour: Colour, width: float) -> None:
+    def arc(
+        self, x0: float, y0: float, x1: float, y1: float, start: float, end: float, colour: Colour, width: float
+    ) -> None:
         """A part of an ellipse's outline, degrees clockwise from three o'clock."""
         self._draw.arc(self._at(x0, y0, x1, y1), start, end, colour, max(1, round(width * self._unit)))
 

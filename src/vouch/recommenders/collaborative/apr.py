@@ -57,7 +57,9 @@ class APRConfig(FactorConfig):
     eps: float = setting(
         0.5, "length of the change of each vector, in the units of the vectors", ge=0, search=Span(0.1, 1.0, log=True)
     )
-    adversarial_weight: float = setting(1.0, "lambda, the weight of the changed loss", ge=0, search=Choice((0.3, 1.0, 3.0)))
+    adversarial_weight: float = setting(
+        1.0, "lambda, the weight of the changed loss", ge=0, search=Choice((0.3, 1.0, 3.0))
+    )
     norm: Literal["row", "global"] = setting("row", "normalise each vector's gradient, or the whole gradient")
     adversary: Literal["gradient", "random", "none"] = setting(
         "gradient", "the worst change, a random one of equal length (a control), or none (plain BPR goes on)"
@@ -104,7 +106,9 @@ class APR(FactorRecommender):
         if config.adversarial_epochs == 0 and first is not None:
             return first
         # Other negatives and another order than in phase one.
-        second = self._phase(split, batches, replace(run, seed=run.seed + 1), config.adversary, config.adversarial_epochs)
+        second = self._phase(
+            split, batches, replace(run, seed=run.seed + 1), config.adversary, config.adversarial_epochs
+        )
         self._gram = None
         if first is None:
             return second

@@ -92,5 +92,6 @@ def apply_gradient(
     factors.item.grad = Rows(touched.items, grad_q).onto(factors.item)
     if fabric.world_size > 1:
         for table in (factors.user, factors.item):
+            assert table.grad is not None
             table.grad = fabric.all_reduce(table.grad.to_dense(), reduce_op="sum")
     optimizer.step()

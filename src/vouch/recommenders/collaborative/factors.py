@@ -5,6 +5,7 @@ Shapes: `U` users, `N` items, `D` hidden size, `B` triples in a batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ class Triples:
         self.sampler = NegativeSampler(log)
 
     def __len__(self) -> int:
-        return -(-len(self.log) // self.batch_size)
+        return math.ceil(len(self.log) / self.batch_size)
 
     def epoch(self, generator: np.random.Generator, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches of users `(B,)`, positives `(B,)` and negatives `(B, n)`; the last may be shorter."""
@@ -75,7 +76,11 @@ class Triples:
             user, item = torch.from_numpy(self.user[rows]), torch.from_numpy(self.item[rows])
             drawn = torch.from_numpy(self.sampler.sample(self.user[rows], self.n, generator))
             for first in range(0, len(rows), self.batch_size):
-                mine = slice(first + rank, first + self.batch_size, world) if world > 1 else slice(first, first + self.batch_size)
+                mine = (
+                    slice(first + rank, first + self.batch_size, world)
+                    if world > 1
+                    else slice(first, first + self.batch_size)
+                )
                 yield user[mine], item[mine], drawn[mine]
 
 

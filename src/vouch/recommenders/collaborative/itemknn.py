@@ -34,11 +34,15 @@ class ItemKNNConfig(Config):
     similarity: Literal["cosine", "jaccard", "dice", "asymmetric", "conditional"] = setting(
         "cosine", "how co-occurrence is normalised", search=Choice(("cosine", "jaccard", "asymmetric", "conditional"))
     )
-    alpha: float = setting(0.5, "for asymmetric: power of the history item's count; the rest goes to the other", ge=0, le=1)
+    alpha: float = setting(
+        0.5, "for asymmetric: power of the history item's count; the rest goes to the other", ge=0, le=1
+    )
     inverse_user_frequency: bool = setting(
         True, "weigh each user by 1 / log(1 + history length)", search=Choice((True, False))
     )
-    shrinkage: float = setting(0.0, "added to the denominator, against chance pairs", ge=0, search=Choice((0.0, 5.0, 20.0)))
+    shrinkage: float = setting(
+        0.0, "added to the denominator, against chance pairs", ge=0, search=Choice((0.0, 5.0, 20.0))
+    )
     neighbors: int = setting(1000, "most similar items kept for each item", ge=1, search=Choice((50, 200, 1000)))
     decay: float = setting(0.7, "weight of a history item that is one event older", gt=0, le=1, search=Span(0.3, 1.0))
 
@@ -69,7 +73,9 @@ class ItemKNN(Recommender):
             weighted = sp.diags((1 / np.log1p(np.maximum(lengths, 1))).astype(np.float32)) @ users
         items, users = weighted.T.tocsr(), users.tocsr()
         blocks = [
-            keep_largest(self._normalise((items[start : start + BLOCK] @ users).tocsr(), start, counts), self.config.neighbors)
+            keep_largest(
+                self._normalise((items[start : start + BLOCK] @ users).tocsr(), start, counts), self.config.neighbors
+            )
             for start in range(0, len(counts), BLOCK)
         ]
         self.similarity = sp.vstack(blocks, format="csr")

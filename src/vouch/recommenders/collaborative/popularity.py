@@ -22,9 +22,7 @@ from vouch.training.run import FitReport, Run
 class PopularityConfig(Config):
     """Settings of popularity."""
 
-    half_life_days: float | None = setting(
-        None, "days after which an event counts half; none counts all alike", gt=0
-    )
+    half_life_days: float | None = setting(None, "days after which an event counts half; none counts all alike", gt=0)
 
 
 class DecayedPopularityConfig(PopularityConfig):

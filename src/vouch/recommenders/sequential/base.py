@@ -7,6 +7,7 @@ at every real position. Shapes: `B` batch, `T` positions, `D` hidden size, `N` i
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,13 @@ ENCODE_TOKENS = 1 << 13
 """Positions encoded at once when scoring."""
 SHARED = ("sampled_softmax", "gbce", "top1", "bpr_max")
 """Losses whose negatives are drawn once a batch and shared by its targets."""
+
+PAIRWISE: dict[str, Callable[..., Tensor]] = {
+    "bce": losses.bce,
+    "bpr": losses.bpr,
+    "top1": losses.top1,
+    "bpr_max": losses.bpr_max,
+}
 
 Loss = Literal["auto", "ce", "sampled_softmax", "gbce", "bce", "bpr", "top1", "bpr_max"]
 
@@ -85,6 +93,7 @@ class Objective(nn.Module):
     def __init__(self, encoder: SequenceEncoder, loss: str, *, calibration: float = 0.75, log_q: Tensor | None = None):
         super().__init__()
         self.encoder, self.kind, self.calibration = encoder, loss, calibration
+        self.log_q: Tensor | None
         self.register_buffer("log_q", log_q, persistent=False)
 
     def loss(self, batch: SequenceBatch) -> dict[str, Tensor]:
@@ -102,20 +111,17 @@ class Objective(nn.Module):
                 )
             }
         positive = (hidden * table[target]).sum(-1)
-        if negatives.dim() == 1:
-            negative = hidden @ table[negatives].T
-        else:
-            negative = torch.einsum("nd,nmd->nm", hidden, table[negatives])
+        shared = negatives.dim() == 1
+        negative = hidden @ table[negatives].T if shared else torch.einsum("nd,nmd->nm", hidden, table[negatives])
         if bias is not None:
             positive, negative = positive + bias[target], negative + bias[negatives]
         positive, negative = positive.float(), negative.float()
-        if negatives.dim() == 1:  # shared negatives may hit a target
+        if shared:  # they may hit a target
             negative = negative.masked_fill(negatives == target.unsqueeze(1), -torch.inf)
         if self.kind == "gbce":
             n_items, t = self.encoder.n_items, self.calibration
             return {"loss": losses.gbce(positive, negative, n_items=n_items, calibration=t, weight=weight)}
-        function = {"bce": losses.bce, "bpr": losses.bpr, "top1": losses.top1, "bpr_max": losses.bpr_max}[self.kind]
-        return {"loss": function(positive, negative, weight=weight)}
+        return {"loss": PAIRWISE[self.kind](positive, negative, weight=weight)}
 
 
 class SequentialRecommender(Recommender):
@@ -188,7 +194,9 @@ class SequentialRecommender(Recommender):
         if self.config.negatives_by == "uniform":
             return None
         if self.loss_kind() != "sampled_softmax":
-            raise ConfigError("negatives_by='popularity' is corrected for in sampled_softmax only", hint="set that loss")
+            raise ConfigError(
+                "negatives_by='popularity' is corrected for in sampled_softmax only", hint="set that loss"
+            )
         return NegativeSampler(log, "popularity", avoid_known=False).log_q()
 
     def score(self, queries: Queries) -> Tensor:
@@ -208,8 +216,9 @@ class SequentialRecommender(Recommender):
         out = torch.zeros(len(queries), self.item_vectors().shape[1], device=device)
         first = 0
         while first < len(order):
-            # The longest of a piece is its last: find how many fit.
-            size = max(1, ENCODE_TOKENS // max(1, int(lengths[order[min(first + 64, len(order)) - 1]])))
+            # The longest of a piece is its last, and the piece is padded to it: take as many as fit.
+            longest = np.maximum(lengths[order[first : first + ENCODE_TOKENS]], 1)
+            size = max(1, int(np.searchsorted(longest * np.arange(1, len(longest) + 1), ENCODE_TOKENS, side="right")))
             rows = order[first : first + size]
             items, length = self.inputs(queries, rows, lengths[rows])
             hidden = self.network(torch.from_numpy(items).to(device), torch.from_numpy(length).to(device))

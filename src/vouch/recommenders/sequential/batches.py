@@ -6,6 +6,7 @@ grouped by length so that a batch is padded to its own longest window only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ class SequenceBatches:
             raise DataError("no history has two events to learn an order from", hint="check the filters and the split")
 
     def __len__(self) -> int:
-        return -(-len(self.user) // self.batch_size)
+        return math.ceil(len(self.user) / self.batch_size)
 
     def epoch(self, generator: np.random.Generator, rank: int, world: int) -> Iterator[SequenceBatch]:
         """Batches in random order; this rank takes every `world`-th window of each."""
@@ -88,12 +89,14 @@ class SequenceBatches:
             row = np.where(real, start[:, None] + place, 0)
             items = np.where(real, events[row], -1).astype(np.int64)
             target = events[row[real] + 1].astype(np.int64)
+            targets = self.stop[rows] - self.start[rows] - 1
             drawn = np.zeros(0, np.int64)
             if self.sampler is not None and self.shared:
                 drawn = self.sampler.draw(self.n, generator)
-            elif self.sampler is not None:
-                drawn = self.sampler.sample(np.repeat(self.user[mine], lengths), self.n, generator)
-            total = int((self.stop[rows] - self.start[rows] - 1).sum())
+            elif self.sampler is not None:  # for the whole batch: all ranks must draw alike
+                drawn = self.sampler.sample(np.repeat(self.user[rows], targets), self.n, generator)
+                drawn = drawn[np.repeat(np.arange(len(rows)) % world == rank, targets)]
+            total = int(targets.sum())
             yield SequenceBatch(
                 torch.from_numpy(items),
                 torch.from_numpy(lengths),
@@ -123,7 +126,9 @@ def windows(
     return user[owner], np.maximum(begin, stop - size), stop
 
 
-def by_length(lengths: NDArray[np.int64], batch_size: int, generator: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+def by_length(
+    lengths: NDArray[np.int64], batch_size: int, generator: np.random.Generator
+) -> Iterator[NDArray[np.int64]]:
     """Random batches of rows of similar length, in random order."""
     order = generator.permutation(len(lengths))
     order = order[np.argsort(lengths[order], kind="stable")]

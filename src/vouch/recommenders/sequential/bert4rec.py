@@ -8,6 +8,7 @@ epochs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -78,7 +79,7 @@ class MaskedBatches:
             raise DataError("no history has two events to learn from", hint="check the filters and the split")
 
     def __len__(self) -> int:
-        return -(-len(self.user) // self.config.batch_size)
+        return math.ceil(len(self.user) / self.config.batch_size)
 
     def epoch(self, generator: np.random.Generator, rank: int, world: int) -> Iterator[SequenceBatch]:
         """Batches in random order; this rank takes every `world`-th window of each."""

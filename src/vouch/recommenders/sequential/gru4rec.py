@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vouch.config import Choice, setting
+from vouch.nn.dropout import Dropout
 from vouch.nn.transformer import init_weights
 from vouch.recommenders.sequential.base import SequenceConfig, SequenceEncoder, SequentialRecommender
 from vouch.registry import Card, register
@@ -28,7 +29,7 @@ class GRUEncoder(SequenceEncoder):
     def __init__(self, n_items: int, config: GRU4RecConfig) -> None:
         super().__init__(n_items)
         self.item = nn.Embedding(n_items + 1, config.hidden_size, padding_idx=0)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.gru = nn.GRU(config.hidden_size, config.recurrent_size, config.num_layers, batch_first=True)
         self.dense = nn.Linear(config.recurrent_size, config.hidden_size)
         self.apply(init_weights)

@@ -27,7 +27,9 @@ class MarkovConfig(Config):
     """Settings of the Markov counts."""
 
     decay: float = setting(0.5, "weight of a history item that is one event older", gt=0, le=1, search=Span(0.1, 1.0))
-    window: int = setting(1, "how many events ahead count as next; the d-th weighs 1 / d", ge=1, search=Choice((1, 2, 3)))
+    window: int = setting(
+        1, "how many events ahead count as next; the d-th weighs 1 / d", ge=1, search=Choice((1, 2, 3))
+    )
     normalize: Literal["counts", "sqrt", "probability"] = setting(
         "counts",
         "divide a row by nothing, the root of its sum, or its sum",
