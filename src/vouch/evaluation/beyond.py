@@ -48,8 +48,9 @@ class Lists:
         if "PopularityBias" in families and train is not None:
             self._counts = train.item_counts.astype(np.float64)
         if "Novelty" in families and train is not None:
+            pairs = np.unique(train.user.astype(np.int64) * n_items + train.item)
             users = int((train.lengths > 0).sum())
-            self._information = -np.log2((train.to_csr().getnnz(axis=0) + 1) / (users + 1))
+            self._information = -np.log2((np.bincount(pairs % n_items, minlength=n_items) + 1) / (users + 1))
         self._distance = _Distance(catalog) if "ILD" in families else None
         self._shown = {metric.name: np.zeros(n_items) for metric in metrics if metric.family in ("Coverage", "Gini")}
         self._sums = dict.fromkeys((metric.name for metric in metrics), 0.0)
@@ -57,6 +58,8 @@ class Lists:
 
     def add(self, lists: NDArray[np.int64], queries: Queries) -> None:
         """Take in the lists `(B, k)` of a block, -1 where a place is not filled."""
+        own = self._own(queries)
+        known = own > 0
         for metric in self.metrics:
             top = lists[:, : metric.k]
             if metric.family in ("Coverage", "Gini"):
@@ -64,15 +67,19 @@ class Lists:
             elif metric.family == "Novelty":
                 self._add(metric, _mean(self._information, top))
             elif metric.family == "PopularityBias":
-                summed = np.concatenate([np.zeros(1), np.cumsum(self._counts[queries.item])])
-                own = (summed[queries.offsets[1:]] - summed[queries.offsets[:-1]]) / np.maximum(queries.lengths, 1)
-                known = own > 0
                 self._add(metric, _mean(self._counts, top[known]) / own[known] - 1)
             else:
                 assert self._distance is not None
                 step = max(1, CELLS // (top.shape[1] * max(top.shape[1], self._distance.width)))
                 for first in range(0, len(top), step):
                     self._add(metric, self._distance(top[first : first + step]))
+
+    def _own(self, queries: Queries) -> NDArray[np.float64]:
+        """The mean training count of the items of each history `(B,)`; 0 where it is empty or nobody asks."""
+        if len(self._counts) == 0:
+            return np.zeros(len(queries))
+        summed = np.concatenate([np.zeros(1), np.cumsum(self._counts[queries.item])])
+        return (summed[queries.offsets[1:]] - summed[queries.offsets[:-1]]) / np.maximum(queries.lengths, 1)
 
     def _add(self, metric: Metric, values: NDArray[np.float64]) -> None:
         values = values[~np.isnan(values)]  # lists for which it is not defined
