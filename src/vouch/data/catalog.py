@@ -11,10 +11,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from vouch.data.interactions import read_header
 from vouch.data.vocabulary import Vocabulary, open_array
 from vouch.errors import DataError, UnknownIdError, did_you_mean
-from vouch.files import atomic_directory, read_json, write_json
+from vouch.files import atomic_directory, write_json
 
+FORMAT = 1
 ROLES = ("title", "text", "category", "categories", "number", "media", "other")
 
 
@@ -70,7 +72,10 @@ class Catalog:
         """
         if id_column not in frame.columns:
             raise DataError(f"the item table has no column {id_column!r}", hint=did_you_mean(id_column, frame.columns))
-        codes = np.array([items.get(value) for value in frame[id_column].to_list()], dtype=np.int64)
+        ids = frame[id_column]
+        if ids.dtype.is_float() and bool((ids == ids.floor()).all()):  # whole numbers that became floats beside a gap
+            ids = ids.cast(pl.Int64)
+        codes = np.array([items.get(value) if value is not None else -1 for value in ids.to_list()], dtype=np.int64)
         known = frame.filter(pl.Series(codes >= 0)).with_columns(pl.Series("__code", codes[codes >= 0]))
         if known["__code"].is_duplicated().any():
             twice = known.filter(known["__code"].is_duplicated())[id_column][0]
@@ -129,13 +134,13 @@ class Catalog:
             for name, matrix in self.features.items():
                 np.save(aside / "features" / f"{name}.npy", matrix)
             root = None if self.root is None else str(self.root.resolve())
-            write_json(aside / "catalog.json", {"format": 1, "roles": dict(self.roles), "root": root})
+            write_json(aside / "catalog.json", {"format": FORMAT, "roles": dict(self.roles), "root": root})
 
     @classmethod
     def open(cls, path: Path | str) -> Catalog:
         """Open a saved catalogue; feature matrices by memory map."""
         path = Path(path)
-        header = read_json(path / "catalog.json")
+        header = read_header(path / "catalog.json", FORMAT)
         items = Vocabulary.open(path / "items")
         try:
             table = pl.read_parquet(path / "items.parquet") if (path / "items.parquet").exists() else pl.DataFrame()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,45 +12,109 @@ import polars as pl
 from numpy.typing import NDArray
 
 from vouch.data.interactions import OPTIONAL, Interactions
+from vouch.data.times import BadCellError, to_numbers, to_seconds
 from vouch.data.vocabulary import Vocabulary
 from vouch.errors import ConfigError, DataError, did_you_mean
 
 USUAL: dict[str, tuple[str, ...]] = {
-    "user": ("user", "user_id", "userid", "uid", "u", "reviewerid", "reviewer_id", "customer_id", "customerid", "visitorid",
-             "visitor_id", "account_id", "session", "session_id", "sessionid"),
-    "item": ("item", "item_id", "itemid", "iid", "i", "movieid", "movie_id", "product_id", "productid", "asin", "parent_asin",
-             "video_id", "videoid", "track_id", "song_id", "artist_id", "book_id", "business_id", "article_id", "sku"),
-    "time": ("time", "timestamp", "ts", "t", "unixreviewtime", "unix_time", "unixtime", "time_ms", "timestamp_ms", "datetime",
-             "date", "created_at", "event_time"),
-    "value": ("value", "rating", "ratings", "score", "stars", "overall", "weight", "count"),
+    "user": (
+        "user", "user_id", "userid", "uid", "u", "reviewerid", "reviewer_id", "customer_id", "customerid", "visitorid",
+        "visitor_id", "member_id", "account_id", "client_id", "profile_id", "profileid",
+        "session", "session_id", "sessionid",
+    ),
+    "item": (
+        "item", "item_id", "itemid", "iid", "i", "movie_id", "movieid", "product_id", "productid", "parent_asin",
+        "asin", "sku", "isbn", "video_id", "videoid", "track_id", "song_id", "artist_id", "artistid", "book_id",
+        "business_id", "gmap_id", "article_id", "news_id", "poi_id", "venue_id", "location_id", "hotel_id", "recipe_id", "game_id",
+        "product", "movie", "track", "song", "artist", "book", "article",
+    ),
+    "time": (
+        "time", "timestamp", "ts", "t", "unixreviewtime", "unix_time", "unixtime", "time_ms", "timestamp_ms", "unix",
+        "event_time", "datetime", "created_at", "date",
+    ),
+    "value": ("value", "rating", "ratings", "score", "stars", "overall", "book_rating", "weight", "count"),
     "scenario": ("scenario",),
     "domain": ("domain",),
 }  # fmt: skip
-"""Names recognised without a mapping, in lower case, best first."""
+"""Names recognised without a mapping, best first; in lower case, with spaces and dashes as underscores."""
+
+NOT_AN_ID = ("", "nan", "NaN")
+"""What programs write for a missing id, after the space around it is taken away."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A plain file to read, and the name to call it by in messages (before it was unpacked)."""
+
+    path: Path
+    shown: Path
+
+    def __str__(self) -> str:
+        return str(self.shown)
 
 
 @dataclass
 class RawLog:
-    """A log as found: a lazy frame with some of the columns of `USUAL` under those names, in file order.
+    """A log as found: a lazy frame in file order, whose columns become those of `USUAL`.
 
     Attributes:
         frame: the columns; ids and times may still be text.
-        source: the file the rows come from, for error messages.
-        first_line: the file's line number of row 0, or None where lines mean nothing (Parquet).
+        source: the file the rows come from.
+        locate: says where a row (from 0) of a column is, e.g. `line 12`; counts again, so only for messages.
+        blank_lines: counts the file's empty lines, which come as rows without any value; None if there can be none.
+        trouble: finds what a parser stumbled over, as (where, what), or None.
         items, users: tables of items and users with their id column's name, if there are any.
         notes: what was assumed while reading; plain JSON.
+        columns: the file's name of each role's column, once chosen.
     """
 
     frame: pl.LazyFrame
-    source: Path
-    first_line: int | None = 1
+    source: File
+    locate: Callable[[str, int], str] | None = None
+    blank_lines: Callable[[], int] | None = None
+    trouble: Callable[[], tuple[str, str] | None] | None = None
     items: tuple[pl.DataFrame, str] | None = None
     users: tuple[pl.DataFrame, str] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def choose(self, mapping: Mapping[str, str] | None) -> None:
+        """Keep only the columns with a role, under the role's name."""
+        self.columns = choose_columns(self.frame.collect_schema().names(), mapping, str(self.source))
+        self.frame = self.frame.select([pl.col(column).alias(role) for role, column in self.columns.items()])
+        unusual = {role: column for role, column in self.columns.items() if role != column}
+        if unusual:
+            self.notes["columns"] = unusual
+
+    def collect(self, *columns: pl.Expr) -> pl.DataFrame:
+        """Read some columns.
+
+        Raises:
+            DataError: the file cannot be parsed; says where, if that can be found out.
+        """
+        try:
+            return self.frame.select(*columns).collect(engine="streaming")
+        except (pl.exceptions.PolarsError, OSError) as error:
+            found = self.trouble() if self.trouble is not None else None
+            where, what = found or (str(self.source), str(error).splitlines()[0])
+            raise DataError(f"the file cannot be read: {what}", where=where) from error
+
+    def bad_cell(self, name: str, row: int, value: Any, hint: str) -> DataError:
+        """The error for a cell that cannot be used."""
+        shown = "empty" if value is None or value == "" else repr(value)
+        place = self.locate(name, row) if self.locate is not None else f"{self.source}, row {row + 1}"
+        return DataError(f"the {name} is {shown}", where=f"{place}, column {self.columns.get(name, name)!r}", hint=hint)
 
 
-def choose_columns(found: Sequence[str], mapping: Mapping[str, str] | None, source: Path) -> dict[str, str]:
+def usual(name: str) -> str:
+    """A column name in the spelling of `USUAL`."""
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def choose_columns(found: Sequence[str], mapping: Mapping[str, str] | None, source: str) -> dict[str, str]:
     """The file's column of each role: the explicit mapping first, then the usual names.
+
+    A role that is mapped to nothing (`""`) is left out even if a column has a usual name.
 
     Raises:
         ConfigError: the mapping names an unknown role.
@@ -60,24 +124,25 @@ def choose_columns(found: Sequence[str], mapping: Mapping[str, str] | None, sour
     for role, name in (mapping or {}).items():
         if role not in USUAL:
             raise ConfigError(f"there is no column role {role!r}", hint=did_you_mean(role, USUAL))
-        if name not in found:
+        if name and name not in found:
             raise DataError(
                 f"there is no column {name!r} (wanted for {role})",
-                where=str(source),
+                where=source,
                 hint=f"columns are: {', '.join(found)}",
             )
-        chosen[role] = name
-    lowered = {name.strip().lower(): name for name in reversed(found)}
+        if name:
+            chosen[role] = name
+    spelt = {usual(name): name for name in reversed(found)}
     for role, names in USUAL.items():
-        if role not in chosen:
-            match = next((lowered[name] for name in names if name in lowered), None)
+        if role not in (mapping or {}):
+            match = next((spelt[name] for name in names if name in spelt), None)
             if match is not None and match not in chosen.values():
                 chosen[role] = match
     for role in ("user", "item"):
         if role not in chosen:
             raise DataError(
                 f"no column looks like the {role}: found {', '.join(repr(name) for name in found[:20])}",
-                where=str(source),
+                where=source,
                 hint=f"name it: --columns {role}=NAME (or columns={{'{role}': 'NAME'}}); is the delimiter right?",
             )
     return chosen
@@ -86,151 +151,100 @@ def choose_columns(found: Sequence[str], mapping: Mapping[str, str] | None, sour
 def encode(raw: RawLog) -> Interactions:
     """Turn a raw log into `Interactions`: codes by rank, times in seconds, rows by (user, time).
 
+    Only the columns of the log are held, in their narrowest form: each distinct id's text once, about 28 bytes a row.
+
     Raises:
         DataError: a row has no user or item, or a time or value that is not a number; names file, line and value.
     """
-    names = raw.frame.collect_schema().names()
-    try:
-        # Only these columns are ever held: 28 bytes a row with whole-number ids.
-        frame = raw.frame.select([_narrow(name, raw) for name in names]).collect(engine="streaming")
-        for name in ("user", "item"):  # ids that looked like whole numbers and are not all, stay text
-            if frame.schema[name] == pl.Int64 and raw.frame.collect_schema()[name] == pl.String:
-                spelt = pl.col(name).cast(pl.Int64, strict=False).cast(pl.String) == pl.col(name)
-                if not raw.frame.select(spelt.fill_null(False).all()).collect(engine="streaming").item():
-                    frame = frame.with_columns(raw.frame.select(name).collect(engine="streaming")[name])
-        if any(frame[name].null_count() for name in ("user", "item")):
-            _complain_about_ids(raw)
-    except pl.exceptions.PolarsError as error:
-        raise DataError(f"the file cannot be read: {_first_line(error)}", where=str(raw.source)) from error
+    schema = raw.frame.collect_schema()
+    frame = raw.collect(*[expression for name, dtype in schema.items() for expression in _narrow(name, dtype, raw)])
+    for name in schema.names():
+        if f"{name} fits" in frame.columns and not frame[f"{name} fits"].all():
+            frame = frame.with_columns(raw.collect(pl.col(name)))  # numbers in an unusual spelling: decided in full
+    frame = frame.select(schema.names())
+    if frame["user"].null_count():
+        frame = _without_blank_lines(frame, raw)
     if frame.height == 0:
         raise DataError("the log has no rows", where=str(raw.source))
-    users, user = _codes(frame["user"], raw)
-    frame = frame.drop("user")
-    items, item = _codes(frame["item"], raw)
-    frame = frame.drop("item")
+    notes = dict(raw.notes)
     columns: dict[str, NDArray[Any]] = {}
     labels: dict[str, list[str]] = {}
-    notes = dict(raw.notes)
-    for name in ("scenario", "domain"):
-        if name in frame.columns:
-            vocabulary, codes = _codes(frame[name].fill_null("(none)"), raw)
-            if len(vocabulary) > np.iinfo(np.int16).max:
-                raise DataError(f"column {name!r} has {len(vocabulary):,} distinct values; at most 32,767 are kept")
-            columns[name] = codes.astype(np.int16)
-            labels[name] = [str(label) for label in vocabulary.ids(np.arange(len(vocabulary)))]
-    if "time" in frame.columns:
-        columns["time"] = _seconds(frame["time"], raw, notes)
-        backwards = (np.diff(columns["time"]) < 0) & (user[1:] == user[:-1])
-        notes["clock_backwards"] = int(backwards.sum())
-    if "value" in frame.columns:
-        columns["value"] = _numbers(frame["value"], "value", raw).astype(OPTIONAL["value"])
-    del frame
-    notes["source"] = raw.source.name
-    return Interactions.from_codes(users, items, user, item, columns=columns, labels=labels, notes=notes)
-
-
-def _narrow(name: str, raw: RawLog) -> pl.Expr:
-    """A column in the narrowest type that loses nothing yet: whole-number ids as int64, plain times as int64."""
-    dtype = raw.frame.collect_schema()[name]
-    if name in ("user", "item") and dtype == pl.String:
-        sample = raw.frame.select(name).head(2000).collect()[name]
-        whole = sample.drop_nulls().cast(pl.Int64, strict=False).cast(pl.String)
-        if len(whole) and whole.null_count() == 0 and bool((whole == sample.drop_nulls()).all()):
-            return pl.col(name).cast(pl.Int64, strict=False)
-    if name in ("scenario", "domain"):
-        return pl.col(name).cast(pl.String)
-    return pl.col(name)
-
-
-def _codes(column: pl.Series, raw: RawLog) -> tuple[Vocabulary, NDArray[np.int32]]:
-    """The vocabulary of an id column and its codes `(n,)`."""
-    if column.dtype.is_float():
-        if not bool((column.is_finite() & (column == column.floor())).all()):
-            raise DataError(f"{column.name} ids hold NaN or fractions", where=str(raw.source), hint="ids are whole or text")
-        column = column.cast(pl.Int64)
-    if column.dtype.is_integer():
-        values = column.cast(pl.Int64).to_numpy()
-        low, high = int(values.min()), int(values.max())
-        if high - low < 4 * len(values) + 1024:  # dense enough for a table
-            seen = np.zeros(high - low + 1, dtype=bool)
-            seen[values - low] = True
-            rank = np.cumsum(seen, dtype=np.int32) - np.int32(1)
-            return Vocabulary.of_numbers(np.flatnonzero(seen).astype(np.int64) + low), rank[values - low]
-        numbers = np.unique(values)
-        return Vocabulary.of_numbers(numbers), np.searchsorted(numbers, values).astype(np.int32)
-    column = column.cast(pl.String)
-    if column.null_count() or bool((column.str.len_bytes() == 0).any()):
-        _complain_about_ids(raw)
-    distinct = column.unique().sort()
-    vocabulary = Vocabulary.of_sorted_texts(distinct.to_list())
-    return vocabulary, column.cast(pl.Enum(distinct)).to_physical().cast(pl.Int32).to_numpy()
-
-
-def _seconds(column: pl.Series, raw: RawLog, notes: dict[str, Any]) -> NDArray[np.int64]:
-    """Seconds since 1970 UTC from numbers (s, ms, us, ns by size) or dates in ISO form."""
-    if column.dtype == pl.String:
-        number = column.str.strip_chars().cast(pl.Float64, strict=False)
-        if number.null_count():
-            parsed = _dates(column)
-            if parsed is None:
-                row = int(number.is_null().arg_max() or 0)
-                raise _bad_cell(raw, "time", row, column[row], "times are unix seconds, milliseconds or ISO dates")
-            notes["time_unit"] = "ISO dates"
-            return parsed
-        column = number
-    if column.dtype in (pl.Date, pl.Datetime) or isinstance(column.dtype, pl.Datetime):
-        if column.null_count():
-            raise _bad_cell(raw, "time", int(column.is_null().arg_max() or 0), None, "drop or mend such rows")
-        return column.dt.epoch("s").cast(pl.Int64).to_numpy()
-    values = _numbers(column, "time", raw)
-    largest = float(np.abs(values).max())
-    for unit, scale, limit in (("nanoseconds", 10**9, 1e17), ("microseconds", 10**6, 1e14), ("milliseconds", 10**3, 1e11)):
-        if largest > limit:
-            notes["time_unit"] = unit
-            return (values // scale).astype(np.int64)
-    notes["time_unit"] = "seconds"
-    return values.astype(np.int64, copy=False)
-
-
-def _dates(column: pl.Series) -> NDArray[np.int64] | None:
-    for parse in (
-        lambda: column.str.to_datetime(strict=True, time_zone="UTC"),
-        lambda: column.str.to_datetime(strict=True).dt.replace_time_zone("UTC"),
-        lambda: column.str.to_date(strict=True).cast(pl.Datetime("us")).dt.replace_time_zone("UTC"),
-    ):
+    vocabularies: dict[str, Vocabulary] = {}
+    for name in schema.names():
+        column = frame[name]
+        frame = frame.drop(name)  # so that each column is freed once it is coded
         try:
-            return parse().dt.epoch("s").cast(pl.Int64).to_numpy()
-        except pl.exceptions.PolarsError:
-            continue
-    return None
+            if name in ("user", "item"):
+                vocabularies[name], columns[name] = _codes(column)
+            elif name == "time":
+                columns[name], notes["time_unit"] = to_seconds(column)
+            elif name == "value":
+                columns[name] = to_numbers(column).astype(OPTIONAL["value"])
+            else:
+                columns[name], labels[name] = _labels(column, raw)
+        except BadCellError as bad:
+            raise raw.bad_cell(name, bad.row, bad.value, bad.wanted) from None
+    notes["source"] = raw.source.shown.name
+    user, item = columns.pop("user"), columns.pop("item")
+    return Interactions.from_codes(
+        vocabularies["user"], vocabularies["item"], user, item, columns=columns, labels=labels, notes=notes
+    )
 
 
-def _numbers(column: pl.Series, name: str, raw: RawLog) -> NDArray[Any]:
-    """A numeric column without gaps."""
-    number = column.str.strip_chars().cast(pl.Float64, strict=False) if column.dtype == pl.String else column
-    if not number.dtype.is_numeric():
-        raise DataError(f"column {name!r} holds {number.dtype} instead of numbers", where=str(raw.source))
-    bad = number.is_null() if not number.dtype.is_float() else ~number.is_finite().fill_null(False)
-    if bool(bad.any()):
-        row = int(bad.arg_max() or 0)
-        raise _bad_cell(raw, name, row, column[row], "drop or mend such rows")
-    return number.to_numpy()
+def _narrow(name: str, dtype: pl.DataType, raw: RawLog) -> list[pl.Expr]:
+    """A column in its narrowest form, and for numbers read from text whether nothing was lost."""
+    column = pl.col(name)
+    if name in ("time", "value"):
+        if dtype != pl.String:
+            return [column]
+        number = column.cast(pl.Int64 if name == "time" else pl.Float32, strict=False)
+        return [number, (column.is_null() | number.is_not_null()).alias(f"{name} fits")]
+    if dtype.is_nested() or dtype in (pl.Binary, pl.Object):
+        raise DataError(f"the {name} column holds {dtype}; ids are whole numbers or text", where=str(raw.source))
+    if name in ("user", "item") and (dtype.is_integer() or dtype.is_float()) and dtype != pl.UInt64:
+        return [column]
+    return [column.cast(pl.String).cast(pl.Categorical(pl.Categories.random()))]
 
 
-def _complain_about_ids(raw: RawLog) -> None:
-    for name in ("user", "item"):
-        cells = raw.frame.select(pl.col(name).cast(pl.String)).collect(engine="streaming")[name]
-        bad = cells.is_null() | (cells.str.strip_chars().str.len_bytes() == 0)
-        if bool(bad.any()):
-            row = int(bad.arg_max() or 0)
-            raise _bad_cell(raw, name, row, cells[row], f"every row needs a {name}; drop or mend such rows")
+def _without_blank_lines(frame: pl.DataFrame, raw: RawLog) -> pl.DataFrame:
+    """Drop the rows that are empty lines of the file; other rows without a value stay, to be complained about."""
+    blank = frame.select(pl.all_horizontal(pl.all().is_null())).to_series()
+    count = int(blank.sum())
+    if not count or raw.blank_lines is None or raw.blank_lines() < count:
+        return frame
+    rows, locate = np.flatnonzero(~blank.to_numpy()), raw.locate
+    if locate is not None:
+        raw.locate = lambda name, row: locate(name, int(rows[row]))
+    return frame.filter(~blank)
 
 
-def _bad_cell(raw: RawLog, name: str, row: int, value: Any, hint: str) -> DataError:
-    line = f"row {row + 1}" if raw.first_line is None else f"line {raw.first_line + row}"
-    shown = "empty" if value is None or value == "" else repr(value)
-    return DataError(f"the {name} is {shown}", where=f"{raw.source}, {line}, column {name!r}", hint=hint)
+def _codes(column: pl.Series) -> tuple[Vocabulary, NDArray[np.int32]]:
+    """The vocabulary of an id column and its codes `(n,)`."""
+    wanted = f"every row needs a {column.name}; drop or mend such rows"
+    if column.null_count():
+        raise BadCellError(int(column.is_null().arg_max() or 0), None, wanted)
+    if column.dtype.is_float():
+        odd = ~column.is_finite() | (column != column.floor())
+        if bool(odd.any()):
+            row = int(odd.arg_max() or 0)
+            raise BadCellError(row, column[row], "ids are whole numbers or text")
+        column = column.cast(pl.Int64)
+    if not column.dtype.is_integer():
+        distinct = column.unique().cast(pl.String)
+        missing = distinct.filter(distinct.str.strip_chars().is_in(NOT_AN_ID))
+        if len(missing):
+            row = int((column.cast(pl.String).is_in(missing.implode())).arg_max() or 0)
+            raise BadCellError(row, column.cast(pl.String)[row], wanted)
+    return Vocabulary.encode(column)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+def _labels(column: pl.Series, raw: RawLog) -> tuple[NDArray[np.int16], list[str]]:
+    """Codes of a column of few labels; a missing one is a label of its own."""
+    vocabulary, codes = Vocabulary.encode(column.cast(pl.String).fill_null("(none)"))
+    if len(vocabulary) > np.iinfo(np.int16).max:
+        raise DataError(
+            f"column {column.name!r} has {len(vocabulary):,} distinct values; at most 32,767 are kept",
+            where=str(raw.source),
+            hint=f"leave it out: --columns {column.name}=",
+        )
+    return codes.astype(np.int16), [str(label) for label in vocabulary.ids(np.arange(len(vocabulary)))]

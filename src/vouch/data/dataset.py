@@ -8,9 +8,11 @@ from pathlib import Path
 import polars as pl
 
 from vouch.data.catalog import Catalog
-from vouch.data.interactions import Interactions
+from vouch.data.interactions import Interactions, read_header
 from vouch.errors import DataError
 from vouch.files import atomic_directory, write_json
+
+FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +27,8 @@ class Dataset:
     def __post_init__(self) -> None:
         if self.catalog.items != self.interactions.items:
             raise DataError("the catalogue and the log number their items differently")
+        if self.users is not None and self.users.height != self.interactions.n_users:
+            raise DataError(f"the table of users has {self.users.height} rows for {self.interactions.n_users} users")
 
     @classmethod
     def of(cls, interactions: Interactions, *, name: str = "data") -> Dataset:
@@ -45,17 +49,15 @@ class Dataset:
             self.catalog.save(aside / "catalog")
             if self.users is not None:
                 self.users.write_parquet(aside / "users.parquet")
-            write_json(aside / "dataset.json", {"format": 1, "name": self.name})
+            write_json(aside / "dataset.json", {"format": FORMAT, "name": self.name})
 
     @classmethod
     def open(cls, path: Path | str) -> Dataset:
         """Open a saved dataset; the log and the features by memory map.
 
         Raises:
-            DataError: the folder is not a prepared dataset, or is damaged.
+            DataError: the folder is not a prepared dataset, is damaged, or was written by a newer version.
         """
-        from vouch.files import read_json
-
         path = Path(path)
         if not (path / "dataset.json").exists():
             raise DataError(
@@ -63,10 +65,13 @@ class Dataset:
                 where=str(path),
                 hint="make one with: vouch data prepare SOURCE --out FOLDER",
             )
-        users = pl.read_parquet(path / "users.parquet") if (path / "users.parquet").exists() else None
+        header = read_header(path / "dataset.json", FORMAT)
+        try:
+            users = pl.read_parquet(path / "users.parquet") if (path / "users.parquet").exists() else None
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise DataError(
+                f"the table of users is damaged: {error}", where=str(path), hint="prepare the data again"
+            ) from error
         return cls(
-            Interactions.open(path / "log"),
-            Catalog.open(path / "catalog"),
-            users,
-            read_json(path / "dataset.json")["name"],
+            Interactions.open(path / "log"), Catalog.open(path / "catalog"), users, str(header.get("name", "data"))
         )

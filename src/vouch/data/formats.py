@@ -1,135 +1,223 @@
-"""One function for each form a log comes in; each opens a plain file lazily as a `RawLog`."""
+"""Tables: telling what a file is, and opening delimited text, Parquet and JSON lines lazily as a `RawLog`."""
 
 from __future__ import annotations
 
+import codecs
+import csv
+import io
 import json
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, pairwise
 
 import polars as pl
 
-from vouch.data.columns import RawLog
+from vouch.data.columns import USUAL, File, RawLog, usual
 from vouch.errors import DataError
 
 SNIFF = 1 << 16
 """Bytes looked at to tell what a file is."""
-GENRES = (
-    "unknown Action Adventure Animation Children Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
-    "Mystery Romance Sci-Fi Thriller War Western"
-)
-"""In the order of the flags of `u.item`."""
-DELIMITERS = ("\t", ",", ";", "|", "::", " ")
+DELIMITERS = ("\t", ",", ";", "|", "::", "\x01", "^", "~", " ")
+OTHER_FORMS = {
+    b"PAR1": "Parquet",
+    b"PK\x03\x04": "a zip archive (or a spreadsheet)",
+    b"\x1f\x8b": "gzip within gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"7z\xbc\xaf": "7z",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"ARROW1": "an Arrow file",
+    b"SQLite format 3": "an SQLite database",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+"""First bytes of what is not plain text."""
 
 
-def _head(path: Path) -> list[str]:
-    """The first lines of a text file.
+def head(file: File) -> list[str]:
+    """The first complete lines of a text file, without their ends.
 
     Raises:
-        DataError: it is empty, or is no text.
+        DataError: it is empty, or is no UTF-8 text; says what it seems to be.
     """
-    with path.open("rb") as file:
-        raw = file.read(SNIFF)
+    with file.path.open("rb") as opened:
+        raw = opened.read(SNIFF)
     if not raw.strip():
-        raise DataError("the file is empty", where=str(path))
+        raise DataError("the file is empty", where=str(file))
+    hint = "give CSV, Parquet or JSON lines, plain or gzipped"
+    for magic, form in OTHER_FORMS.items():
+        if raw.startswith(magic):
+            hint = hint if magic != b"PAR1" else "leave --format out"
+            raise DataError(f"the file is not text: it looks like {form}", where=str(file), hint=hint)
     if b"\0" in raw:
-        raise DataError("the file is neither text nor Parquet", where=str(path), hint="give CSV, Parquet or JSON lines")
-    lines = raw.decode("utf-8", errors="replace").splitlines()
+        raise DataError("the file is neither text nor Parquet", where=str(file), hint=hint)
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(raw, final=len(raw) < SNIFF)
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"the file is not UTF-8 text: byte 0x{raw[error.start]:02x}",
+            where=f"{file}, line {line}",
+            hint="convert it first, for example with: iconv -f latin1 -t utf-8",
+        ) from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     return lines[:-1] if len(raw) == SNIFF and len(lines) > 1 else lines
 
 
-def detect(path: Path) -> str:
-    """The name of a plain file's format, by content first, then by extension.
+def detect(file: File) -> str:
+    """The name of a plain file's format, by content first, then by name.
 
     Raises:
-        DataError: the content contradicts the extension, or is ambiguous.
+        DataError: the content contradicts the name, is ambiguous, or is of no known form.
     """
-    suffix = path.suffix.lower()
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic == b"PAR1":
-        return "parquet"
+    suffix = file.path.suffix.lower()
+    with file.path.open("rb") as opened:
+        if opened.read(4) == b"PAR1":
+            return "parquet"
     if suffix in (".parquet", ".pq"):
-        raise DataError(
-            "the file is named Parquet and is not (it does not begin with PAR1)",
-            where=str(path),
-            hint="if it is text, name it .csv or give --format csv",
-        )
-    lines = _head(path)
-    if lines[0].lstrip().startswith("{"):
+        raise not_parquet(file)
+    lines = head(file)
+    first = next(line for line in lines if line.strip())
+    if first.lstrip().startswith("{"):
         return "jsonl"
-    if suffix == ".inter" or ":token" in lines[0]:
+    if first.lstrip().startswith("["):
+        raise DataError("the file is one JSON array", where=str(file), hint="write one JSON object a line")
+    if suffix == ".inter" or ":token" in first:
         return "recbole"
-    if path.name == "u.data":
+    if file.path.name == "u.data":
         return "movielens-100k"
-    if path.name == "ratings.dat" or lines[0].count("::") == 3:
+    if file.path.name == "ratings.dat" or first.count("::") == 3:
         return "movielens-1m"
-    if suffix in (".csv", ".tsv") or any(mark in lines[0] for mark in ",\t;|"):
+    if suffix in (".csv", ".tsv") or _best_delimiter(lines)[0].strip(" "):
         return "csv"
-    return _sequence_or_session(path, lines)
+    return _kind_of_word_lines(file, [line for line in lines if line.strip()])
 
 
-def _sequence_or_session(path: Path, lines: list[str]) -> str:
-    """Lines of ids: users with their items, or sessions? Users are numbered one by one; items in front repeat."""
-    first = [line.split()[0] for line in lines if line.strip()]
-    numbers = [int(word) for word in first if word.isdigit()]
-    if len(numbers) == len(first) > 1 and all(b == a + 1 for a, b in pairwise(numbers)):
+def not_parquet(file: File) -> DataError:
+    """The error for a file that is called Parquet and is not; shows how it begins."""
+    with file.path.open("rb") as opened:
+        begin = opened.read(40)
+    return DataError(
+        f"the file is not Parquet: it begins with {begin[:24]!r} instead of PAR1",
+        where=str(file),
+        hint="if it is text, name it .csv or give --format csv",
+    )
+
+
+def _kind_of_word_lines(file: File, lines: list[str]) -> str:
+    """Lines of words: a table, users with their items, or sessions? Users are in order, one line each; items repeat."""
+    words = [line.split() for line in lines]
+    first = [row[0] for row in words]
+    numbers = [int(word) for word in first if word.isdigit()] if all(word.isdigit() for word in first) else []
+    steps = [b - a for a, b in pairwise(numbers)]
+    if (len(steps) >= 2 and all(step == 1 for step in steps)) or (len(steps) >= 7 and all(step > 0 for step in steps)):
         return "sequence"
-    if len(set(first)) < len(first):
+    repeats = len(set(first)) < len(first)
+    if repeats and len(words) >= 3 and len({len(row) for row in words}) == 1 and 2 <= len(words[0]) <= 8:
+        return "csv"
+    if repeats:
         return "session"
     raise DataError(
         "the lines may be users with their items, or sessions of items: the first words tell neither",
-        where=str(path),
+        where=str(file),
         hint="say which: --format sequence or --format session",
     )
 
 
-def sniff_delimiter(lines: list[str]) -> str:
-    """The delimiter that splits the first lines into the same number of columns, at least two.
-
-    Raises:
-        DataError: none does.
-    """
-    sample = [line for line in lines[:50] if line.strip()]
+def _best_delimiter(lines: Sequence[str]) -> tuple[str, int]:
+    """The delimiter that splits nearly all of the first records as it splits the first, and into how many (1: none)."""
+    text = "\n".join(lines[:200])
     best, width = "", 1
     for mark in DELIMITERS:
-        counts = [line.count(mark) for line in sample]
-        # Quoted text may hold more of them, so the header decides and the others must have as many.
-        if counts[0] >= width and min(counts) >= counts[0]:
-            best, width = mark, counts[0] + 1
+        if mark == "::":
+            widths = [line.count(mark) + 1 for line in lines[:200] if line.strip()]
+        else:  # as the csv module reads it, since quoted fields may hold delimiters and line ends
+            try:
+                widths = [len(row) for row in csv.reader(io.StringIO(text, newline=""), delimiter=mark) if row]
+            except csv.Error:
+                continue
+        if widths and widths[0] > width and widths.count(widths[0]) >= 0.9 * len(widths):
+            best, width = mark, widths[0]
+    return best, width
+
+
+def sniff_delimiter(file: File, lines: Sequence[str]) -> str:
+    """The delimiter of a table.
+
+    Raises:
+        DataError: none of `DELIMITERS` splits the lines alike.
+    """
+    best, _ = _best_delimiter(lines)
     if not best:
+        first = next(line for line in lines if line.strip())
         raise DataError(
-            f"no delimiter splits the file into columns; it begins with {sample[0][:60]!r}",
+            f"no delimiter splits the file into columns; it begins with {first[:60]!r}",
+            where=str(file),
             hint="use commas, tabs, semicolons or bars, or say --format sequence or session",
         )
     return best
 
 
-def read_delimited(path: Path) -> RawLog:
-    """CSV with any delimiter; a first line of only numbers is data, and columns are then `column_1`, ..."""
-    lines = _head(path)
-    try:
-        mark = sniff_delimiter(lines)
-    except DataError as error:
-        raise DataError(error.what, where=str(path), hint=error.hint) from None
-    header = [cell.strip().strip('"') for cell in lines[0].split(mark)]
-    named = not all(_is_number(cell) for cell in header)
+def read_delimited(file: File) -> RawLog:
+    """A table with any delimiter. A first line that holds a number is data: columns are then `column_1`, ..."""
+    lines = head(file)
+    mark = sniff_delimiter(file, lines)
     if mark == "::":
-        raise DataError("fields are split by '::'", where=str(path), hint="give --format movielens-1m")
-    frame = _scan_csv(path, mark, named)
-    if named and len([line for line in lines if line.strip()]) == 1:
-        raise DataError("the file has a header and no rows", where=str(path))
-    return RawLog(frame, path, first_line=2 if named else 1)
+        raise DataError("fields are split by '::'", where=str(file), hint="give --format movielens-1m")
+    first = next(csv.reader(lines, delimiter=mark))
+    header = not any(_is_number(cell) for cell in first)
+    if header and sum(1 for line in lines if line.strip()) == 1 and file.path.stat().st_size < SNIFF:
+        raise DataError("the file has a header and no rows", where=str(file))
+    # Tab-separated text is written with and without quoting; a lone quotation mark is then just a character.
+    quote = (
+        None if mark == "\t" and not any(cell.startswith('"') for line in lines for cell in line.split(mark)) else '"'
+    )
+    notes = {"read_as": f"a table split by {mark!r}{'' if header else ', without a header'}"}
+    return open_table(file, mark, header=header, quote=quote, notes=notes)
 
 
-def _scan_csv(path: Path, mark: str, header: bool) -> pl.LazyFrame:
-    """Every column as text: ids keep their spelling."""
+def open_table(file: File, mark: str, *, header: bool, quote: str | None, notes: Mapping[str, object]) -> RawLog:
+    """Delimited text whose columns are all kept as text: ids keep their spelling."""
     try:
-        frame = pl.scan_csv(path, separator=mark, has_header=header, infer_schema=False, encoding="utf8-lossy")
+        frame = pl.scan_csv(file.path, separator=mark, has_header=header, infer_schema=False, quote_char=quote)
         frame.collect_schema()
     except pl.exceptions.PolarsError as error:
-        raise DataError(f"the file cannot be read: {str(error).splitlines()[0]}", where=str(path)) from error
-    return frame
+        raise DataError(f"the file cannot be read: {str(error).splitlines()[0]}", where=str(file)) from error
+
+    def records() -> Iterator[tuple[int, list[str]]]:
+        """Line number and cells of each record, the header's among them."""
+        with file.path.open(newline="", encoding="utf-8", errors="replace") as opened:
+            reader, line = csv.reader(opened, delimiter=mark, quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE), 1
+            for cells in reader:
+                yield line, cells
+                line = reader.line_num + 1
+
+    def locate(name: str, row: int) -> str:
+        del name
+        try:
+            line = next(islice(records(), row + header, None))[0]
+        except (csv.Error, StopIteration):
+            return f"{file}, row {row + 1}"
+        return f"{file}, line {line}"
+
+    def trouble() -> tuple[str, str] | None:
+        bad = _first_undecodable_line(file)
+        if bad:
+            return f"{file}, line {bad}", "it is not UTF-8 text; convert it with iconv"
+        width = len(frame.collect_schema())
+        line = 1
+        try:
+            for line, cells in records():
+                if len(cells) > width:
+                    return f"{file}, line {line}", f"{len(cells)} fields instead of {width}"
+        except csv.Error as error:
+            return f"{file}, after line {line}", str(error)
+        return str(file), "its quotation marks do not pair up; double those within a field, and quote the field"
+
+    def blank_lines() -> int:
+        with file.path.open("rb") as opened:
+            return sum(not line.strip() for line in opened)
+
+    return RawLog(frame, file, locate, blank_lines, trouble, notes=dict(notes))
 
 
 def _is_number(text: str) -> bool:
@@ -140,201 +228,110 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def read_parquet(path: Path) -> RawLog:
-    """Parquet; a file that is cut short is refused."""
+def _first_undecodable_line(file: File) -> int | None:
+    with file.path.open("rb") as opened:
+        for number, line in enumerate(opened, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return None
+
+
+def read_parquet(file: File, *parts: File) -> RawLog:
+    """Parquet, in one file or several parts."""
+    for part in (file, *parts):
+        with part.path.open("rb") as opened:
+            if opened.read(4) != b"PAR1":
+                raise not_parquet(part)
     try:
-        frame = pl.scan_parquet(path)
+        frame = pl.scan_parquet([part.path for part in (file, *parts)])
         frame.collect_schema()
     except pl.exceptions.PolarsError as error:
-        raise DataError(
-            f"the Parquet file is damaged or cut short: {str(error).splitlines()[0]}", where=str(path)
-        ) from error
-    return RawLog(frame, path, first_line=None)
+        what = f"the Parquet file is damaged or cut short: {str(error).splitlines()[0]}"
+        raise DataError(what, where=str(file), hint="fetch or write it again") from error
+    return RawLog(frame, file, notes={"read_as": f"Parquet in {len(parts) + 1} parts"} if parts else {})
 
 
-def read_json_lines(path: Path) -> RawLog:
-    """One JSON object a line."""
+def read_json_lines(file: File) -> RawLog:
+    """One JSON object a line; the columns are the keys of the first lines."""
+    head(file)
+    names: dict[str, None] = {}
+    with file.path.open(encoding="utf-8", errors="replace") as opened:
+        for number, line in enumerate(islice(opened, 1000), 1):
+            if line.strip():
+                names.update(dict.fromkeys(_object(line, f"{file}, line {number}")))
+
+    def lines() -> Iterator[tuple[int, str]]:
+        with file.path.open(encoding="utf-8", errors="replace") as opened:
+            yield from ((number, line) for number, line in enumerate(opened, 1) if line.strip())
+
+    def locate(name: str, row: int) -> str:
+        del name
+        return f"{file}, line {next(islice(lines(), row, None))[0]}"
+
+    def trouble() -> tuple[str, str] | None:
+        bad = _first_undecodable_line(file)
+        if bad:
+            return f"{file}, line {bad}", "it is not UTF-8 text"
+        for number, line in lines():
+            try:
+                _object(line, f"{file}, line {number}")
+            except DataError as error:
+                return f"{file}, line {number}", error.what
+        return None
+
+    # As text, so that no later line can contradict a type guessed from the first ones.
+    frame = pl.scan_ndjson(file.path, schema=dict.fromkeys(names, pl.String))
+    return RawLog(frame, file, locate, None, trouble)
+
+
+def _object(line: str, where: str) -> dict[str, object]:
     try:
-        frame = pl.scan_ndjson(path)
-        frame.collect_schema()
-    except pl.exceptions.PolarsError as error:
-        raise DataError(f"a line is not JSON: {str(error).splitlines()[0]}", where=str(path)) from error
-    return RawLog(frame, path)
-
-
-def read_recbole(path: Path) -> RawLog:
-    """An atomic `.inter` file: tab-separated with typed headers such as `user_id:token`."""
-    frame = _scan_csv(path, "\t", True)
-    names = {name: name.partition(":")[0] for name in frame.collect_schema().names()}
-    return RawLog(frame.rename(names), path, first_line=2)
-
-
-def read_recbole_table(path: Path, id_column: str) -> tuple[pl.DataFrame, str]:
-    """An atomic `.item` or `.user` file; sequences of tokens become lists, except titles and names."""
-    frame = _scan_csv(path, "\t", True).collect()
-    chosen = []
-    for name in frame.columns:
-        bare, _, kind = name.partition(":")
-        column = pl.col(name).alias(bare)
-        if kind in ("token_seq", "float_seq") and not any(word in bare.lower() for word in ("title", "name", "text")):
-            column = pl.col(name).str.split(" ").alias(bare)
-        elif kind == "float":
-            column = pl.col(name).cast(pl.Float64, strict=False).alias(bare)
-        chosen.append(column)
-    return frame.select(chosen), id_column
-
-
-def read_movielens_100k(path: Path) -> RawLog:
-    """The original `u.data`: user, item, rating, time, by tabs, without a header."""
-    frame = _scan_csv(path, "\t", False)
-    return RawLog(_rename(frame, ["user", "item", "value", "time"], path), path)
-
-
-def read_movielens_100k_items(path: Path) -> tuple[pl.DataFrame, str]:
-    """The original `u.item`: id, title, date, ..., 19 genre flags, by bars, in Latin-1."""
-    genres = GENRES.split()
-    rows = [line.split("|") for line in path.read_text(encoding="latin-1").splitlines() if line]
-    flags = [[name for name, flag in zip(genres, row[5:], strict=False) if flag == "1"] for row in rows]
-    return pl.DataFrame({"item": [r[0] for r in rows], "title": [r[1] for r in rows], "genres": flags}), "item"
-
-
-def read_movielens_1m(path: Path) -> RawLog:
-    """The original `ratings.dat`: user::item::rating::time."""
-    frame = _scan_csv(path, ":", False)
-    names = frame.collect_schema().names()
-    if len(names) < 7:
-        raise DataError("a line does not have four fields split by '::'", where=f"{path}, line 1")
-    frame = frame.select(
-        pl.col(names[k]).alias(role) for k, role in ((0, "user"), (2, "item"), (4, "value"), (6, "time"))
-    )
-    return RawLog(frame, path)
-
-
-def read_movielens_1m_items(path: Path) -> tuple[pl.DataFrame, str]:
-    """The original `movies.dat`: id::title::genres, in Latin-1."""
-    rows = [line.split("::") for line in path.read_text(encoding="latin-1").splitlines() if line]
-    data = {"item": [r[0] for r in rows], "title": [r[1] for r in rows], "genres": [r[2].split("|") for r in rows]}
-    return pl.DataFrame(data), "item"
-
-
-def read_movies_csv(path: Path) -> tuple[pl.DataFrame, str]:
-    """`movies.csv` of the newer MovieLens releases: movieId, title, genres by bars."""
-    frame = pl.read_csv(path, infer_schema=False)
-    if "genres" in frame.columns:
-        missing = pl.col("genres") == "(no genres listed)"
-        frame = frame.with_columns(
-            pl.when(missing).then(None).otherwise(pl.col("genres").str.split("|")).alias("genres")
-        )
-    return frame, "movieId"
-
-
-def _rename(frame: pl.LazyFrame, roles: list[str], path: Path) -> pl.LazyFrame:
-    names = frame.collect_schema().names()
-    if len(names) < len(roles):
-        raise DataError(f"a line has {len(names)} fields instead of {len(roles)}", where=f"{path}, line 1")
-    return frame.select(pl.col(name).alias(role) for name, role in zip(names, roles, strict=False))
-
-
-def _word_lists(path: Path) -> pl.DataFrame:
-    """The lines of a text file as lists of words: `line` (from 1) and `words`; blank lines are left out."""
-    _head(path)
-    frame = pl.read_csv(
-        path, has_header=False, separator="\x01", quote_char=None, infer_schema=False, new_columns=["text"]
-    )
-    words = pl.col("text").str.strip_chars().str.replace_all(r"\s+", " ").str.split(" ").alias("words")
-    return frame.with_row_index("line", 1).filter(pl.col("text").str.strip_chars() != "").select("line", words)
-
-
-def _exploded(lines: pl.DataFrame, path: Path) -> pl.DataFrame:
-    """`user item item ...` lines as rows of `user` and `item`."""
-    users = lines["words"].list.first()
-    twice = users.is_duplicated()
-    if bool(twice.any()):
-        at = int(twice.arg_max() or 0)
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
         raise DataError(
-            f"user {users[at]!r} has more than one line",
-            where=str(path),
-            hint="if lines are sessions of items, give --format session",
-        )
-    rows = lines.select(pl.col("words").list.first().alias("user"), pl.col("words").list.slice(1).alias("item"))
-    return rows.filter(pl.col("item").list.len() > 0).explode("item")
+            f"the line is not JSON: {error.msg}", where=where, hint="write one JSON object a line"
+        ) from None
+    if not isinstance(found, dict):
+        raise DataError("the line is JSON but no object", where=where, hint="write one JSON object a line")
+    return found
 
 
-def read_sequences(path: Path, *, times: Path | None = None) -> RawLog:
-    """`user item item ...` lines, oldest first, with an optional file of the same shape that holds times.
+def read_table(file: File, role: str) -> tuple[pl.DataFrame, str]:
+    """A table of items or users in CSV, Parquet or JSON lines, and its id column (one of the usual names of the role).
 
     Raises:
-        DataError: a user has two lines, or the two files do not match; names the line.
+        DataError: it cannot be read, or has no column that looks like the id.
     """
-    lines = _word_lists(path)
-    rows = _exploded(lines, path)
-    if times is not None:
-        moments = _word_lists(times)
-        same = len(moments) == len(lines)
-        fits = (moments["words"].list.len() == lines["words"].list.len()) if same else pl.Series([False])
-        fits = fits & (moments["words"].list.first() == lines["words"].list.first()) if same else fits
-        if not bool(fits.all()):
-            at = int((~fits).arg_max() or 0) + 1
-            what = f"line {at} differs in user or length" if same else f"{len(moments)} lines instead of {len(lines)}"
-            raise DataError(f"the times do not match the sequences: {what}", where=str(times))
-        rows = rows.with_columns(_exploded(moments, times)["item"].alias("time"))
-    return RawLog(rows.lazy(), path, first_line=None, notes={"read_as": "one user per line"})
-
-
-def read_sequence_parts(paths: list[Path]) -> RawLog:
-    """Files of `user item ...` lines whose parts follow each other in time: history, (validation,) test."""
-    parts = [_exploded(_word_lists(path), path).with_columns(part=pl.lit(number)) for number, path in enumerate(paths)]
-    rows = pl.concat(parts)
-    first = rows["user"].unique(maintain_order=True)
-    order = rows.with_columns(pl.col("user").cast(pl.Enum(first)).to_physical().alias("rank"))
-    rows = order.sort("rank", "part", maintain_order=True).select("user", "item")
-    notes: dict[str, object] = {"read_as": "one user per line, in parts: " + ", ".join(path.name for path in paths)}
-    if len(paths) == 3:
-        lacking = len(first) - parts[1]["user"].n_unique()
-        if lacking:
-            notes["warning"] = (
-                f"{lacking} of {len(first)} users have no line in {paths[1].name}: their second-last event is unknown"
-            )
-    return RawLog(rows.lazy(), paths[0], first_line=None, notes=notes)
-
-
-def read_sessions(*paths: Path) -> RawLog:
-    """`item item ...` lines, one session each; sessions are numbered in file order, from 1."""
-    parts = [_word_lists(path).select("words") for path in paths]
-    lines = pl.concat(parts).with_row_index("user", 1)
-    rows = lines.with_columns(pl.col("user").cast(pl.Int64)).explode("words").rename({"words": "item"})
-    notes: dict[str, object] = {"read_as": "one session per line"}
-    if len(paths) > 1:
-        notes["sessions_in_parts"] = [part.height for part in parts]
-    return RawLog(rows.lazy(), paths[0], first_line=None, notes=notes)
-
-
-def read_attributes(path: Path) -> tuple[pl.DataFrame, str]:
-    """A JSON object from item id to a list of attributes; repeats within an item are dropped."""
+    kind = detect(file)
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"the attributes are not JSON: {error}", where=str(path)) from error
-    values = [[str(value) for value in dict.fromkeys(row)] for row in table.values()]
-    schema: dict[str, Any] = {"item": pl.String, "attributes": pl.List(pl.String)}
-    return pl.DataFrame({"item": list(table), "attributes": values}, schema=schema), "item"
-
-
-def read_items(path: Path) -> tuple[pl.DataFrame, str]:
-    """A table of items in CSV, Parquet or JSON lines, with one of the usual item columns as its id."""
-    from vouch.data.columns import USUAL
-
-    if path.name.endswith(".item"):
-        return read_recbole_table(path, "item_id")
-    kind = detect(path)
-    opened = {"parquet": read_parquet, "jsonl": read_json_lines, "csv": read_delimited}.get(kind, read_delimited)(path)
-    frame = opened.frame.collect()
-    lowered = {name.lower(): name for name in frame.columns}
-    for name in (*USUAL["item"], "id"):
-        if name in lowered:
-            return frame, lowered[name]
+        if kind == "parquet":
+            frame = pl.read_parquet(file.path)
+        elif kind == "jsonl":
+            frame = pl.read_ndjson(file.path, infer_schema_length=None)
+        else:
+            text = read_delimited(file).frame.collect()
+            frame = text.with_columns(_typed(text[name]) for name in text.columns)
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"the table cannot be read: {str(error).splitlines()[0]}", where=str(file)) from error
+    spelt = {usual(name): name for name in reversed(frame.columns)}
+    for name in (*USUAL[role], "id"):
+        if name in spelt:
+            return frame, spelt[name]
     raise DataError(
-        f"no column looks like the item id: found {', '.join(frame.columns[:20])}",
-        where=str(path),
-        hint="name it 'item'",
+        f"no column looks like the {role} id: found {', '.join(frame.columns[:20])}",
+        where=str(file),
+        hint=f"name it {role!r}",
     )
+
+
+def _typed(column: pl.Series) -> pl.Series:
+    """A text column as numbers if all its values are; ids among them keep their spelling (`007` is no number)."""
+    for dtype in (pl.Int64, pl.Float64):
+        number = column.cast(dtype, strict=False)
+        if number.null_count() == column.null_count() and number.null_count() < len(number):
+            if dtype == pl.Int64 and not bool((number.cast(pl.String) == column).all()):
+                return column
+            return number
+    return column

@@ -178,7 +178,9 @@ class Interactions:
             notes={**_without_fingerprint(self.notes), **(notes or {})},
         )
 
-    def compact(self) -> tuple[Interactions, NDArray[np.int64], NDArray[np.int64]]:
+    def compact(
+        self, *, notes: Mapping[str, Any] | None = None
+    ) -> tuple[Interactions, NDArray[np.int64], NDArray[np.int64]]:
         """The log with vocabularies cut to the users and items that have rows, and the old codes of those kept."""
         users, items = np.flatnonzero(self.lengths > 0), np.flatnonzero(self.item_counts > 0)
         new_code = np.full(self.n_items, -1, dtype=np.int32)
@@ -190,7 +192,7 @@ class Interactions:
             _frozen(new_code[self.item]),
             **{name: getattr(self, name) for name in OPTIONAL},
             labels=self.labels,
-            notes=_without_fingerprint(self.notes),
+            notes={**_without_fingerprint(self.notes), **(notes or {})},
         )
         return smaller, users, items
 
@@ -248,13 +250,7 @@ class Interactions:
             raise DataError(
                 f"{path.name!r} is not a prepared log", where=str(path), hint="make one with: vouch data prepare SOURCE"
             )
-        header = read_json(path / "log.json")
-        if header.get("format", 0) > FORMAT:
-            raise DataError(
-                f"the log was written in format {header['format']}; this version reads up to {FORMAT}",
-                where=str(path),
-                hint="upgrade vouch, or prepare the data again",
-            )
+        header = read_header(path / "log.json", FORMAT)
         columns = {name: open_array(path / f"{name}.npy") for name in OPTIONAL if (path / f"{name}.npy").exists()}
         log = cls(
             Vocabulary.open(path / "users"),
@@ -262,12 +258,31 @@ class Interactions:
             open_array(path / "offsets.npy"),
             open_array(path / "item.npy"),
             **columns,
-            labels=header["labels"],
-            notes=header["notes"],
+            labels=header.get("labels", {}),
+            notes=header.get("notes", {}),
         )
-        if len(log.offsets) != log.n_users + 1 or int(log.offsets[-1]) != len(log.item):
+        fits = len(log.offsets) == log.n_users + 1 and int(log.offsets[-1]) == len(log.item)
+        if not fits or any(len(column) != len(log.item) for column in columns.values()):
             raise DataError("the log's columns do not fit together", where=str(path), hint="prepare the data again")
         return log
+
+
+def read_header(path: Path, newest: int) -> dict[str, Any]:
+    """The JSON header of a saved folder.
+
+    Raises:
+        DataError: it is no header, or was written by a newer version.
+    """
+    header = read_json(path)
+    if not isinstance(header, dict) or not isinstance(header.get("format"), int):
+        raise DataError(f"{path.name!r} is no header of prepared data", where=str(path), hint="prepare the data again")
+    if header["format"] > newest:
+        raise DataError(
+            f"the data were written in format {header['format']}; this version reads up to {newest}",
+            where=str(path),
+            hint="upgrade vouch, or prepare the data again",
+        )
+    return header
 
 
 def _encode(raw: NDArray[Any]) -> tuple[Vocabulary, NDArray[np.int32]]:

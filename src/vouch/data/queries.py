@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vouch.data.interactions import Interactions
 from vouch.data.vocabulary import Vocabulary
-from vouch.errors import ConfigError
+from vouch.errors import ConfigError, UnknownIdError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,13 @@ class Queries:
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
         flat = np.concatenate(rows) if rows else np.zeros(0, np.int32)
-        ages = None if times is None else np.concatenate([np.asarray(row, dtype=np.int64) for row in times])
+        ages = (
+            None
+            if times is None
+            else np.concatenate([np.zeros(0, np.int64), *(np.asarray(t, np.int64) for t in times)])
+        )
+        if ages is not None and len(ages) != len(flat):
+            raise ConfigError(f"{len(ages)} times for {len(flat)} history items")
         users = np.full(len(rows), -1, np.int32) if user is None else np.asarray(user, dtype=np.int32)
         return cls(users, offsets, flat, item_time=ages)
 
@@ -100,7 +106,8 @@ class Queries:
         """Turn questions in original ids into codes.
 
         Raises:
-            UnknownIdError: a history item is not known, or a user is not known and no history is given.
+            UnknownIdError: a history item, a scenario or a domain is not known, or a user is not known and no history
+                is given.
             ConfigError: a query has neither user nor history, or needs the log and none is at hand.
         """
         codes: list[int] = []
@@ -129,11 +136,15 @@ class Queries:
             query.times is not None or (query.history is None and log is not None and log.time is not None)
             for query in queries
         )
-        moments = [query.time for query in queries]
         result = cls.from_histories(histories, user=np.array(codes), times=ages if timed and queries else None)
-        if all(moment is not None for moment in moments) and queries:
-            return cls(result.user, result.offsets, result.item, result.item_time, np.array(moments, dtype=np.int64))
-        return result
+        moments = [query.time for query in queries if query.time is not None]
+        complete = bool(queries) and len(moments) == len(queries)
+        return replace(
+            result,
+            time=np.array(moments, dtype=np.int64) if complete else None,
+            scenario=_label_codes([query.scenario for query in queries], "scenario", log),
+            domain=_label_codes([query.domain for query in queries], "domain", log),
+        )
 
     def blocks(self, size: int) -> Iterator[tuple[int, Queries]]:
         """Consecutive pieces of at most `size` queries, each with the position of its first."""
@@ -160,8 +171,19 @@ class Queries:
         )
 
     def last(self, length: int) -> NDArray[np.int32]:
-        """The last `length` items as a dense int32 `(B, T)`, right-aligned, T the longest kept history, -1 before it."""
+        """The last `length` items as a dense int32 `(B, T)`, right-aligned, T the longest kept, -1 before it."""
         return right_aligned(self.item, self.offsets[:-1], self.offsets[1:], length, fill=-1)
+
+
+def _label_codes(names: Sequence[str | None], kind: str, log: Interactions | None) -> NDArray[np.int16] | None:
+    """int16 codes of scenarios or domains, -1 where none is given; None if none is given at all."""
+    if all(name is None for name in names):
+        return None
+    known = list(log.labels.get(kind, ())) if log is not None else []
+    for name in names:
+        if name is not None and name not in known:
+            raise UnknownIdError(f"there is no {kind} {name!r}", hint=did_you_mean(name, known) if known else None)
+    return np.array([-1 if name is None else known.index(name) for name in names], dtype=np.int16)
 
 
 def flat_rows(start: NDArray[Any], stop: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vouch.data.dataset import Dataset
-from vouch.data.interactions import Interactions
+from vouch.data.interactions import OPTIONAL, Interactions
 from vouch.data.queries import Queries, flat_rows
-from vouch.errors import ConfigError, DataError
+from vouch.errors import ConfigError, DataError, did_you_mean
 
 PROTOCOLS = ("leave-one-out", "temporal", "ratio", "session")
 
@@ -129,8 +129,6 @@ def split(
         DataError: the log cannot be split this way; the message says what is lacking.
     """
     if protocol not in PROTOCOLS:
-        from vouch.errors import did_you_mean
-
         raise ConfigError(f"there is no split protocol {protocol!r}", hint=did_you_mean(protocol, PROTOCOLS))
     for name, share in (("valid_share", valid_share), ("test_share", test_share)):
         if not 0 < share < 1:
@@ -262,25 +260,83 @@ def _why_short(log: Interactions) -> str:
 
 
 def check_leaks(made: Split) -> None:
-    """Verify that nothing asked for was trained on.
+    """Verify, against the log itself, that nothing asked for was trained on and that no case looks ahead.
 
-    The training rows of a user must be no more than come before the first row asked of that user (the log is sorted,
-    so they are the same rows); for `temporal`, no training row may be as late as the first target; for `session`, an
-    asked-for session may have no training row at all.
+    For every protocol: a user's training rows are that user's first rows of the log, unchanged; no row that is asked
+    for, in validation or test, is among them; a case's history lies within its user's rows and directly before what is
+    asked; no row is asked for twice; and `Cases.user` names the user exactly where training has rows of that user.
+    `leave-one-out` asks for single rows, in test the last of each user. `temporal` trains on nothing as late as the
+    validation cut, and asks in validation for rows between the two cuts, in test for rows after the second.
+    `session` trains on no row of an asked-for session, and (with times) on none that began after one that is asked for.
 
     Raises:
-        DataError: one of these fails.
+        DataError: one of these fails; the message names the part and the user.
     """
     log, train = made.dataset.interactions, made.train
+    _check_training(log, train)
+    asked: dict[str, NDArray[np.int64]] = {}
     for name, cases in (("validation", made.valid), ("test", made.test)):
-        owner = np.searchsorted(log.offsets, cases.stop, side="right") - 1
-        allowed = np.zeros(len(cases), np.int64) if made.protocol == "session" else cases.stop - cases.start
+        owner = np.searchsorted(log.offsets, cases.start, side="right") - 1
+
+        def refuse(bad: NDArray[np.bool_], what: str, name: str = name, owner: NDArray[Any] = owner) -> None:
+            if bool(bad.any()):
+                raise DataError(f"{name} {what}", where=f"user {log.users.id(int(owner[np.flatnonzero(bad)[0]]))!r}")
+
+        inside = (cases.start <= cases.stop) & (cases.stop < cases.target_stop)
+        refuse(~inside | (cases.target_stop > log.offsets[owner + 1]), "asks for rows outside its user's history")
         trained = train.lengths[owner]
-        bad = np.flatnonzero(trained > allowed)
-        if len(bad):
-            user = log.users.id(int(owner[bad[0]]))
-            raise DataError(f"{name} asks user {user!r} for rows that were trained on")
+        refuse(cases.stop < log.offsets[owner] + trained, "asks for rows that were trained on")
+        refuse(
+            cases.user != np.where(trained > 0, owner, -1), "names a user who was not trained on, or does not name one"
+        )
+        asked[name], _ = flat_rows(cases.stop, cases.target_stop)
+        refuse(np.full(1, len(np.unique(asked[name])) < len(asked[name])), "asks for a row twice")
+        if made.protocol == "leave-one-out":
+            refuse(cases.target_stop - cases.stop != 1, "asks for more than one row")
+            if name == "test":
+                refuse(cases.target_stop != log.offsets[owner + 1], "does not ask for the last row")
+        if made.protocol == "session":
+            refuse(trained > 0, "asks for a session that was trained on")
+    if len(np.intersect1d(asked["validation"], asked["test"])):
+        raise DataError("validation and test ask for the same rows")
     if made.protocol == "temporal":
-        assert train.time is not None
-        if int(train.time.max()) >= int(made.settings["valid_from"]):
-            raise DataError("a training row is later than the validation cut")
+        _check_order(log, made, asked)
+    if made.protocol == "session" and log.time is not None:
+        begun = log.time[np.minimum(log.offsets[:-1], len(log) - 1)]
+        last_trained = int(begun[train.lengths > 0].max())
+        for name, cases in (("validation", made.valid), ("test", made.test)):
+            if int(log.time[cases.start].min()) < last_trained:
+                raise DataError(f"{name} asks for a session that began before one that was trained on")
+
+
+def _check_training(log: Interactions, train: Interactions) -> None:
+    """A user's training rows must be that user's first rows of the log, in every column."""
+    if train.users != log.users or train.items != log.items:
+        raise DataError("training numbers users or items otherwise than the log")
+    bad = train.lengths > log.lengths
+    if not bool(bad.any()):
+        rows, _ = flat_rows(log.offsets[:-1], log.offsets[:-1] + train.lengths)
+        differs = train.item != log.item[rows]
+        for name in OPTIONAL:
+            ours, theirs = getattr(train, name), getattr(log, name)
+            if (ours is None) != (theirs is None):
+                raise DataError(f"training and the log do not both have the column {name!r}")
+            if ours is not None:
+                differs |= ours != theirs[rows]
+        bad = np.bincount(train.user[differs], minlength=log.n_users) > 0
+    if bool(bad.any()):
+        user = log.users.id(int(bad.argmax()))
+        raise DataError("training rows are not the first rows of their user in the log", where=f"user {user!r}")
+
+
+def _check_order(log: Interactions, made: Split, asked: Mapping[str, NDArray[np.int64]]) -> None:
+    """The two moments of a temporal split part training, validation and test."""
+    assert log.time is not None and made.train.time is not None
+    first, second = int(made.settings["valid_from"]), int(made.settings["test_from"])
+    for name, times, low, high in (
+        ("training", made.train.time, None, first),
+        ("validation", log.time[asked["validation"]], first, second),
+        ("test", log.time[asked["test"]], second, None),
+    ):
+        if (low is not None and int(times.min()) < low) or (high is not None and int(times.max()) >= high):
+            raise DataError(f"a {name} row lies on the wrong side of a cut", where=f"cuts at {first} and {second}")

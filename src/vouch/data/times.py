@@ -84,14 +84,20 @@ def _from_text(column: pl.Series) -> tuple[NDArray[np.int64], str]:
     if bool(is_number.all()):
         return _by_size(number.to_numpy())
     # Day-first and month-first dates cannot be told apart, so a date must begin with its year.
-    iso = text.set(~text.str.contains(r"^\d{4}[-/]\d{1,2}[-/]\d{1,2}").fill_null(False), None).str.replace(" ?UTC$", "Z")
+    iso = text.set(~text.str.contains(r"^\d{4}[-/]\d{1,2}[-/]\d{1,2}").fill_null(False), None).str.replace(
+        " ?UTC$", "Z"
+    )
     try:
         dates = iso.str.to_datetime(strict=False, time_zone="UTC")
         late = iso.str.to_datetime("%+", strict=False, time_zone="UTC")
-        dates = pl.select(pl.coalesce(dates.cast(pl.Datetime("us", "UTC")), late.cast(pl.Datetime("us", "UTC")))).to_series()
+        dates = pl.select(
+            pl.coalesce(dates.cast(pl.Datetime("us", "UTC")), late.cast(pl.Datetime("us", "UTC")))
+        ).to_series()
     except pl.exceptions.PolarsError:  # no cell has a form that polars can infer
         dates = pl.Series([None] * len(iso), dtype=pl.Datetime("us", "UTC"))
-    _refuse(column, dates.is_null() & ~is_number, "times are unix seconds or milliseconds, or ISO dates (2024-01-31T12:00)")
+    _refuse(
+        column, dates.is_null() & ~is_number, "times are unix seconds or milliseconds, or ISO dates (2024-01-31T12:00)"
+    )
     _refuse(column, is_number, "the column mixes dates and numbers; use one of them")
     return dates.dt.epoch("s").to_numpy(), "ISO dates"
 
@@ -108,7 +114,9 @@ def _by_size(values: NDArray[Any]) -> tuple[NDArray[np.int64], str]:
     for unit, scale, limit in UNITS:
         if typical > limit:
             return (values // scale).astype(np.int64), unit
-    return np.floor(values).astype(np.int64, copy=False) if values.dtype.kind == "f" else values.astype(np.int64), "seconds"
+    return np.floor(values).astype(np.int64, copy=False) if values.dtype.kind == "f" else values.astype(
+        np.int64
+    ), "seconds"
 
 
 def _calendar_days(values: NDArray[Any]) -> NDArray[np.int64] | None:
