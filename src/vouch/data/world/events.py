@@ -1,8 +1,8 @@
 """What people do: sessions of clicks that follow on from each other, with noise, repeats, positions and ratings.
 
 Every array is drawn for a whole block of users at once. An event belongs to one interest, which stays for a session
-mostly. The items of an interest lie on a ring, by popularity; an event moves a little further from the last of the same
-interest (`order_share`), or starts anew anywhere on it, so that order carries signal and popularity is Zipf's.
+mostly. The items of an interest lie on a ring; an event moves a few items on from the last of the same interest
+(`order_share`), or is drawn anew by popularity, so that order carries signal and popularity is skewed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NEW_SESSION = 0.25
 STAY = 0.85
 """Chance that an event keeps the interest of the one before it in its session."""
 STEP = 2.5
-"""Mean step on the ring, in items of average popularity."""
+"""Mean of the geometric law of the step on the ring, in items."""
 PLACES = 10
 """Length of the lists that people choose from."""
 SCENARIO_NOISE = np.array([0.4, 1.4, 1.0])
@@ -146,24 +146,18 @@ def _ring(
     user: NDArray[np.int64],
     interest: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """The item of each event: a step on from the last event of user and interest on the ring, or anywhere on it.
-
-    Where that is the same item again, it is the next on the ring instead.
-    """
+    """The item of each event: some steps on from the last event of user and interest on the ring, or drawn anew."""
     n = len(user)
     order = np.lexsort((np.arange(n), interest, user))  # events of one user and interest together, in time
     u, c = user[order], interest[order]
     begins = np.concatenate([[True], (u[1:] != u[:-1]) | (c[1:] != c[:-1])])
     fresh = begins | (random.random(n) >= config.order_share)
-    size = np.diff(items.bounds)[c]
-    step = np.where(fresh, 0.0, random.exponential(STEP, n) / size)
+    moved = np.cumsum(np.where(fresh, 0, random.geometric(1 / STEP, n)))
     anchor = np.maximum.accumulate(np.where(fresh, np.arange(n), 0))
-    moved = np.cumsum(step)
-    chosen = items.at(c, (random.random(n)[anchor] + moved - moved[anchor]) % 1.0)
-    again = ~begins & (chosen == np.roll(chosen, 1))
-    chosen[again] = items.after[chosen[again]]
+    drawn = items.draw(c, random.random(n))[anchor]
+    place = (drawn + moved - moved[anchor]) % np.diff(items.bounds)[c]
     out = np.empty(n, dtype=np.int64)
-    out[order] = chosen
+    out[order] = items.order[items.bounds[c] + place]
     return out
 
 
@@ -184,6 +178,7 @@ def _repeats(
     )
     # Consumables are a quarter of the goods, so the chance is raised to give the share asked for.
     again = fits & (random.random(n) < min(1.0, 3 * config.repeat_share))
+    again &= ~again[source]  # what was itself put there again is no source
     return np.where(again, item[source], item), again
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +55,7 @@ class Items:
         cluster: int16 `(N,)` taste cluster; two to a category.
         popularity: float64 `(N,)` sums to one over all items.
         order: int64 `(N,)` items by cluster, in the order in which one leads to the next.
-        edges: float64 `(N,)` upper bound of each of `order` on its cluster's ring `[0, 1)`, by popularity.
+        edges: float64 `(N,)` running sum of `within` over each cluster's part of `order`, up to 1.
         bounds: int64 `(clusters + 1,)` of each cluster in `order`.
         centres: float32 `(clusters, STYLE)`.
     """
@@ -86,21 +85,11 @@ class Items:
         total = np.bincount(self.cluster, weights=self.popularity, minlength=self.n_clusters)
         return self.popularity / total[self.cluster]
 
-    @functools.cached_property
-    def after(self) -> NDArray[np.int64]:
-        """int64 `(N,)`: the next item on the ring of its cluster."""
-        following = np.roll(self.order, -1)
-        following[self.bounds[1:] - 1] = self.order[self.bounds[:-1]]
-        out = np.empty_like(following)
-        out[self.order] = following
-        return out
-
-    def at(self, cluster: NDArray[np.int64], place: NDArray[np.float64]) -> NDArray[np.int64]:
-        """The items at places in `[0, 1)` on the rings of clusters, both `(n,)`."""
-        # Rings laid end to end: cluster c covers (c, c + 1].
-        ends = self.edges + self.cluster[self.order]
-        found = np.searchsorted(ends, cluster + place, side="right")
-        return self.order[np.clip(found, self.bounds[cluster], self.bounds[cluster + 1] - 1)]
+    def draw(self, cluster: NDArray[np.int64], chance: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Places on the rings of clusters `(n,)`, by popularity: the inverse of its sums at `chance` `(n,)` in [0, 1)."""
+        # Sums of all clusters laid end to end: those of cluster c lie in (c, c + 1].
+        found = np.searchsorted(self.edges + self.cluster[self.order], cluster + chance, side="right")
+        return np.clip(found, self.bounds[cluster], self.bounds[cluster + 1] - 1) - self.bounds[cluster]
 
 
 def make_items(config: WorldConfig) -> Items:

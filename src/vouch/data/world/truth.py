@@ -53,42 +53,17 @@ class Truth:
     def next_item(
         self, user: NDArray[np.int64], last: NDArray[np.int64], life: NDArray[np.float64] | float = 1.0
     ) -> NDArray[np.float64]:
-        """Probability `(B, N)` of the next item when the same interest goes on from item `last`, noise left out.
+        """Probability `(B, N)` of the next item when the same interest goes on from item `last` `(B,)`, without noise.
 
-        With `order_share` the next lies an exponential step further on the ring than a uniform place of `last`;
-        otherwise anywhere on it; the same item again becomes the next on the ring. Exact but for one thing: after such
-        a shift the place is taken to be uniform within `last` too.
+        With `order_share` it lies a geometric number of places further on the ring, else it is drawn by popularity.
         """
-        last = np.asarray(last)
-        out = np.zeros((len(last), len(self.items.cluster)))
+        del user, life  # the interest that goes on is the last item's own
+        items, last = self.items, np.asarray(last)
+        place = np.empty(len(items.order), dtype=np.int64)
+        place[items.order] = np.arange(len(items.order)) - items.bounds[items.cluster[items.order]]
+        size = np.diff(items.bounds)[items.cluster[last]][:, None]
+        same = items.cluster[last][:, None] == items.cluster
+        ahead = (place - place[last][:, None] - 1) % size  # steps less one
+        step = (1 - 1 / STEP) ** ahead / STEP / (1 - (1 - 1 / STEP) ** size)  # whole turns included
         share = self.config.order_share
-        place = np.empty(len(self.items.order), dtype=np.int64)
-        place[self.items.order] = np.arange(len(place))
-        for row, item in enumerate(last):
-            cluster = int(self.items.cluster[item])
-            low, high = int(self.items.bounds[cluster]), int(self.items.bounds[cluster + 1])
-            members, upper = self.items.order[low:high], self.items.edges[low:high]
-            lower = np.concatenate([[0.0], upper[:-1]])
-            rate = (high - low) / STEP
-            a, b = lower[place[item] - low], upper[place[item] - low]
-            out[row, members] = (1 - share) * (upper - lower) + share * _step_mass(a, b, lower, upper, rate)
-            out[row, self.items.after[item]] += out[row, item]
-            out[row, item] = 0.0
-        return out
-
-
-def _step_mass(
-    a: float, b: float, lower: NDArray[np.float64], upper: NDArray[np.float64], rate: float
-) -> NDArray[np.float64]:
-    """Chance to land in each `[lower, upper)` after an exponential step (mod 1) from a uniform place in `[a, b)`."""
-
-    def below(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        # P(place + step < x), for x at or above 0 on the unrolled line.
-        reach = np.clip(x, a, None)
-        top = np.minimum(reach, b)
-        return ((top - a) - (np.exp(-rate * (reach - top)) - np.exp(-rate * (reach - a))) / rate) / (b - a)
-
-    total = np.zeros_like(lower)
-    for turn in range(int(np.ceil(40 / rate)) + 2):  # further turns hold less than e^-40
-        total += below(upper + turn) - below(lower + turn)
-    return total
+        return np.where(same, (1 - share) * items.within + share * step, 0.0)
