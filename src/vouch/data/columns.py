@@ -25,8 +25,8 @@ USUAL: dict[str, tuple[str, ...]] = {
     "item": (
         "item", "item_id", "itemid", "iid", "i", "movie_id", "movieid", "product_id", "productid", "parent_asin",
         "asin", "sku", "isbn", "video_id", "videoid", "track_id", "song_id", "artist_id", "artistid", "book_id",
-        "business_id", "gmap_id", "article_id", "news_id", "poi_id", "venue_id", "location_id", "hotel_id", "recipe_id", "game_id",
-        "product", "movie", "track", "song", "artist", "book", "article",
+        "business_id", "gmap_id", "article_id", "news_id", "poi_id", "venue_id", "location_id", "hotel_id", "recipe_id",
+        "game_id", "product", "movie", "track", "song", "artist", "book", "article",
     ),
     "time": (
         "time", "timestamp", "ts", "t", "unixreviewtime", "unix_time", "unixtime", "time_ms", "timestamp_ms", "unix",
