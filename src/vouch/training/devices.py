@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from vouch.errors import ConfigError
 from vouch.training.run import Run
@@ -20,19 +25,27 @@ def make_fabric(run: Run) -> Any:
         ConfigError: the device or the precision is unknown or not there.
     """
     from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+    from lightning_fabric.strategies import DDPStrategy
 
     accelerator, index = parse_device(run.device)
     if run.precision not in ("auto", "32", "bf16"):
         raise ConfigError(f"precision is {run.precision!r}", hint="use auto, 32 or bf16")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else ([index] if index is not None else 1),
-        num_nodes=max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world))),
-        strategy="ddp" if world > 1 else "auto",
-        precision="bf16-mixed" if use_bf16(run.precision, accelerator) else "32-true",
-    )
-    fabric.launch()
+    for name in ("lightning.fabric", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # it announces itself otherwise
+    settings: dict[str, Any] = {"devices": 1 if index is None else [index]}
+    environment: Any = LightningEnvironment()  # named, so that no cluster's variables are taken for an order
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        environment = TorchElasticEnvironment()
+        # A step of an alternating scheme uses some of the parameters only.
+        strategy = DDPStrategy(find_unused_parameters=True)
+        settings = {"devices": local, "num_nodes": world // local, "strategy": strategy}
+    precision: Any = "bf16-mixed" if use_bf16(run.precision, accelerator) else "32-true"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*available but not used.*")
+        fabric = Fabric(accelerator=accelerator, precision=precision, plugins=[environment], **settings)
+        fabric.launch()
     return fabric
 
 
@@ -42,8 +55,8 @@ def parse_device(name: str) -> tuple[str, int | None]:
     Raises:
         ConfigError: the name is unknown, or the device is not there.
     """
-    kind, _, number = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or (number and not number.isdigit()):
+    kind, colon, number = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (colon and not (kind == "cuda" and number.isdecimal())):
         raise ConfigError(f"there is no device {name!r}", hint="use auto, cpu, cuda, cuda:1 or mps")
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,25 +66,50 @@ def parse_device(name: str) -> tuple[str, int | None]:
         )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device 'mps' is not there", hint="use --device cpu")
-    return kind, int(number) if number and kind == "cuda" else None
+    return kind, int(number) if number else None
 
 
 def use_bf16(precision: str, accelerator: str) -> bool:
-    """Whether to train in bfloat16 with float32 master weights.
+    """Whether to train in bfloat16 with float32 master weights; `auto` says yes where the hardware multiplies in it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if accelerator == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return False
 
-    `auto` says yes on a GPU with bfloat16 units. On a CPU it says no even where there are matrix units: at the sizes
-    of these models (hidden size 64 to 256) the casts cost more than the products save; ask for `bf16` to decide
-    otherwise. The large catalogue-sized products of the losses are the exception and choose for themselves.
-    """
-    if precision == "auto":
-        return accelerator == "cuda" and torch.cuda.is_bf16_supported()
-    return precision == "bf16"
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on `device`: tensors in tuples, named tuples, lists, dicts and dataclasses."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=device.type == "cuda")
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        moved = {field.name: to_device(getattr(batch, field.name), device) for field in dataclasses.fields(batch)}
+        return dataclasses.replace(batch, **moved)
+    return batch
+
+
+def seed_of(*numbers: int) -> int:
+    """One well-mixed seed from several numbers, such as the run's seed, the epoch and the process."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch inside the block and give the outer random state back afterwards."""
-    devices = list(range(torch.cuda.device_count()))
+    """Seed torch inside the block and give the outer random state back afterwards.
+
+    Raises:
+        ConfigError: the seed is negative.
+    """
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}; it must not be negative")
+    # Asking for a GPU's state would start every GPU: only one that is in use has a state worth keeping.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield

@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import json
+import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from vouch.errors import ConfigError, StorageError
+from vouch.files import atomic_file
+
+MLFLOW_BATCH = 1000
+"""Most metrics that MLflow takes in one request."""
 
 
 class TrainingLog:
-    """Appends to `log.jsonl`; lines of a step are `{"step", "epoch", "loss", ...}`, of an epoch also `"metrics"`."""
+    """Appends to `log.jsonl`.
+
+    A step's line is `{"step", "epoch", "loss", ...}`, an epoch's `{"step", "epoch", "seconds", "metrics": {...}}`.
+    """
 
     def __init__(
         self, path: Path | None, *, mlflow: str | None = None, settings: Mapping[str, Any] | None = None, keep: int = 0
-    ):
-        """Open the log; lines of epochs after `keep` (left by a run that was killed) are dropped."""
-        self._path, self._file, self._mlflow = path, None, None
+    ) -> None:
+        """Open the log; lines of epochs after `keep` (left by a run that was killed) are dropped.
+
+        Raises:
+            StorageError: the log cannot be written.
+            ConfigError: MLflow is asked for and not installed, or does not answer.
+        """
+        self._path, self._file = path, None
         if path is not None:
+            kept = _lines_up_to(path, keep)
+            with atomic_file(path) as aside:
+                aside.write_text(kept, encoding="utf-8")
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                kept = _lines_up_to(path, keep) if keep else []
-                path.write_text("".join(kept), encoding="utf-8")
                 self._file = path.open("a", encoding="utf-8")
             except OSError as error:
-                raise StorageError(f"cannot write the training log: {error.strerror}", where=str(path)) from error
-        if mlflow is not None:
-            self._mlflow = _mlflow(mlflow)
-            self._mlflow.start_run()
-            self._mlflow.log_params(dict(settings or {}))
+                raise self._explain(error) from error
+        self._mlflow = None if mlflow is None else _MLflow(mlflow, settings or {})
 
     def __enter__(self) -> Self:
         return self
@@ -41,50 +52,84 @@ class TrainingLog:
         if self._file is not None:
             self._file.close()
         if self._mlflow is not None:
-            self._mlflow.end_run(status="FINISHED" if kind is None else "FAILED")
+            self._mlflow.end("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Append rows and flush."""
+        """Append rows and flush.
+
+        Raises:
+            StorageError: the log cannot be written, on a full disk for example.
+        """
         if self._file is not None:
             try:
-                self._file.write("".join(json.dumps(row) + "\n" for row in rows))
+                self._file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
                 self._file.flush()
             except OSError as error:
-                raise StorageError(
-                    f"cannot write the training log: {error.strerror}",
-                    where=str(self._path),
-                    hint="free some disk space",
-                ) from error
+                raise self._explain(error) from error
         if self._mlflow is not None:
-            for row in rows:
-                numbers = {**row, **row.get("metrics", {})}
-                values = {_plain(k): v for k, v in numbers.items() if isinstance(v, float)}
-                self._mlflow.log_metrics(values, step=row["step"])
+            self._mlflow.write(rows)
+
+    def _explain(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"the training log cannot be written: {error.strerror}",
+            where=str(self._path),
+            hint="free some disk space and go on with --resume, or choose another --out",
+        )
 
 
-def _plain(name: str) -> str:
-    return name.replace("@", "_at_").replace("~", "_")  # MLflow allows few signs in names
-
-
-def _lines_up_to(path: Path, epoch: int) -> list[str]:
-    if not path.exists():
-        return []
+def _lines_up_to(path: Path, epoch: int) -> str:
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    if epoch and path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            try:
+                if json.loads(line)["epoch"] > epoch:
+                    break
+            except (json.JSONDecodeError, KeyError, TypeError):
+                break  # a line cut short by a kill
+            kept.append(line)
+    return "".join(kept)
+
+
+class _MLflow:
+    """One MLflow run, through its client: no global run is touched."""
+
+    def __init__(self, uri: str, settings: Mapping[str, Any]) -> None:
         try:
-            if json.loads(line)["epoch"] <= epoch:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            break  # a line cut short by a kill
-    return kept
+            from mlflow import MlflowClient
+            from mlflow.entities import Metric, Param
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "MLflow logging was asked for, but mlflow is not installed", hint="pip install 'vouch[mlflow]'"
+            ) from error
+        self._metric = Metric
+        try:
+            self._client = MlflowClient(tracking_uri=uri)
+            found = self._client.get_experiment_by_name("vouch")
+            experiment = found.experiment_id if found else self._client.create_experiment("vouch")
+            self._run = self._client.create_run(experiment).info.run_id
+            params = [Param(name, str(value)) for name, value in settings.items()]
+            self._client.log_batch(self._run, params=params[:100])
+        except Exception as error:  # whatever the store or the network raises
+            raise ConfigError(f"MLflow at {uri!r} cannot be used: {error}", hint="check the tracking URI") from error
 
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        now = int(time.time() * 1000)
+        metrics = [
+            self._metric(name.replace("@", "_at_").replace("~", "_"), value, now, row["step"])  # it allows few signs
+            for row in rows
+            for name, value in {**row, **row.get("metrics", {})}.items()
+            if isinstance(value, float)
+        ]
+        for first in range(0, len(metrics), MLFLOW_BATCH):
+            self._try(
+                lambda part=metrics[first : first + MLFLOW_BATCH]: self._client.log_batch(self._run, metrics=part)
+            )
 
-def _mlflow(uri: str) -> Any:
-    try:
-        import mlflow
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "MLflow logging was asked for, but mlflow is not installed", hint="pip install 'vouch[mlflow]'"
-        ) from error
-    mlflow.set_tracking_uri(uri)
-    return mlflow
+    def end(self, status: str) -> None:
+        self._try(lambda: self._client.set_terminated(self._run, status))
+
+    def _try(self, call: Any) -> None:
+        try:
+            call()
+        except Exception as error:  # a tracking server that is down must not end a long training
+            warnings.warn(f"MLflow did not take a part of the log: {error}", stacklevel=2)

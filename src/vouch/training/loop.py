@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,18 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from vouch.errors import ConfigError, StorageError, TrainingError, did_you_mean
-from vouch.training.checkpoints import load_checkpoint, save_checkpoint
-from vouch.training.devices import make_fabric, seeded
+from vouch.training.checkpoints import HEADER, load_checkpoint, save_checkpoint
+from vouch.training.devices import make_fabric, seed_of, seeded, to_device
 from vouch.training.logs import TrainingLog
-from vouch.training.progress import EpochBar
+from vouch.training.progress import ProgressBar
 from vouch.training.run import FitReport, Run, TrainConfig
 
 FLUSH = 500
 """Steps between two looks at the losses: reading one waits for the device, so they are read together."""
-
-
-EXTENDABLE = ("epochs", "patience", "adversarial_epochs")
-"""Settings that a resumed run may change: they say when to stop, not what is learned."""
+SAVING_SHARE = 0.05
+"""Most of the time that checkpoints may take: where epochs last milliseconds, not every one is saved."""
 
 
 class Batches(Protocol):
@@ -73,22 +73,29 @@ def fit(
 ) -> FitReport:
     """Train `model` in place; at the end it holds the weights of the best epoch (the last, without validation).
 
+    Every epoch is seeded from `(run.seed, epoch, process)`, numpy and torch alike, so a run that was killed and
+    resumed equals one that was not, bit for bit on a CPU. The random state outside is left as it was.
+
     Args:
-        model: has `loss(batch) -> dict[str, Tensor]` of named scalars; their sum is minimised.
+        model: has `loss(batch) -> dict[str, Tensor]` of named scalars; their sum is minimised, and logged as `loss`.
         batches: see `Batches`.
         config: epochs, learning rate, early stopping.
         run: seed, device, precision, folder for checkpoints and log, resume.
         optimizer: AdamW over all parameters by default.
         step: replaces loss, backward and optimizer step, for alternating and adversarial schemes:
-            `step(model, batch, optimizer, fabric) -> dict[str, Tensor]` of what to log.
-        validate: gives metrics; called with the model in evaluation mode, on the first process only.
+            `step(model, batch, optimizer, fabric) -> dict[str, Tensor]` of what to log. It computes losses within
+            `fabric.autocast()` and calls `fabric.backward`; parameters without a gradient are left alone, so one
+            optimizer (with groups) serves several players.
+        validate: gives metrics, of which a higher `config.monitor` is better; called with the model in evaluation
+            mode, without gradients, on the first process only.
         schedule: factor on the learning rate at each step, counted from 0.
 
     Raises:
-        TrainingError: there is no batch, or a loss is not a number (names the epoch and the step).
-        ConfigError: `config.monitor` is not among the metrics, or a resumed run had other settings.
-        StorageError: a checkpoint cannot be written or read.
-        KeyboardInterrupt: passed on after the best weights are back in the model; the last finished epoch is on disk.
+        TrainingError: there is no batch, or a loss or the monitored metric is not a number (names epoch and step).
+        ConfigError: `config.monitor` is not among the metrics, or a resumed run had other settings or data.
+        StorageError: a checkpoint cannot be written or read; the last one written stays usable.
+        KeyboardInterrupt: passed on after the best weights are back in the model. The checkpoint of the last epoch
+            saved is on disk for `run.resume`.
     """
     run = run or Run()
     if len(batches) == 0:
@@ -99,7 +106,7 @@ def fit(
 
 
 class _Loop:
-    """One call of `fit`."""
+    """One call of `fit`. `raw` is the model itself, `model` what Fabric made of it."""
 
     def __init__(
         self,
@@ -115,31 +122,46 @@ class _Loop:
     ) -> None:
         self.raw, self.batches, self.config, self.run, self.fabric = model, batches, config, run, fabric
         self.validate, self.schedule, self.step = validate, schedule, step or self._plain_step
+        self.first, self.world = fabric.global_rank == 0, fabric.world_size
+        self.model = fabric.setup_module(model)
+        if hasattr(model, "loss"):
+            self.model.mark_forward_method("loss")  # so that DDP sees it
         if optimizer is None:
             optimizer = torch.optim.AdamW(
                 model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
             )
-        self.model = fabric.setup_module(model)
-        if hasattr(model, "loss"):
-            self.model.mark_forward_method("loss")
+        for slots in optimizer.state.values():  # made before the model moved
+            slots.update(
+                {name: value if name == "step" else to_device(value, fabric.device) for name, value in slots.items()}
+            )
         self.raw_optimizer, self.optimizer = optimizer, fabric.setup_optimizers(optimizer)
         self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.folder = None if run.path is None else Path(run.path) / "checkpoints"
         self.state = _Progress()
         self.best: dict[str, Tensor] | None = None
+        self.best_saved = 0
+        self.saved_at, self.saving = -math.inf, 0.0
 
     def go(self) -> FitReport:
         if self.run.resume:
             self._resume()
-        path = None if self.run.path is None or self.fabric.global_rank else self.run.path / "log.jsonl"
+        elif self.folder is not None and self.first:
+            shutil.rmtree(self.folder, ignore_errors=True)  # another run's
+        state, run = self.state, self.run
+        path = None if run.path is None or not self.first else Path(run.path) / "log.jsonl"
         settings = self.config.model_dump(mode="json")
-        with TrainingLog(path, mlflow=self.run.mlflow, settings=settings, keep=self.state.epoch) as log:
+        mlflow = run.mlflow if self.first else None
+        with (
+            TrainingLog(path, mlflow=mlflow, settings=settings, keep=state.epoch) as log,
+            ProgressBar(run.progress and self.first, self.config, len(self.batches), done=state.epoch) as bar,
+        ):
             try:
                 while (stopped := self._why_stop()) is None:
-                    self._epoch(log)
+                    self._epoch(log, bar)
+                    self._save(last=self._why_stop() is not None)
             finally:  # also after Ctrl-C, which then goes on to the caller
                 if self.best is not None:
                     self.raw.load_state_dict(self.best)
-        state = self.state
         return FitReport(
             seconds=state.seconds,
             epochs=state.epoch,
@@ -159,132 +181,184 @@ class _Loop:
             return "time"
         return None
 
-    def _epoch(self, log: TrainingLog) -> None:
+    def _epoch(self, log: TrainingLog, bar: ProgressBar) -> None:
         state, begin = self.state, time.perf_counter()
-        number = state.epoch + 1
-        generator = np.random.default_rng([self.run.seed, number])
+        number, rank = state.epoch + 1, self.fabric.global_rank
+        torch.manual_seed(seed_of(self.run.seed, number, rank))
+        moves = self.fabric.device.type != "cpu"
+        losses = _Losses(self.fabric, log, number, state.step)
         self.model.train()
-        total: dict[str, float] = {}
-        pending: list[dict[str, Tensor]] = []
-        rank, world = self.fabric.global_rank, self.fabric.world_size
-        with EpochBar(self.run.progress and rank == 0, number, self.config, len(self.batches), state.history) as bar:
-            for batch in self.batches.epoch(generator, rank, world):
-                if self.schedule is not None:
-                    for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                        group["lr"] = rate * self.schedule(state.step)
-                losses = self.step(self.model, self.fabric.to_device(batch), self.optimizer, self.fabric)
-                pending.append({name: value.detach() for name, value in losses.items()})
-                state.step += 1
-                bar.advance()
-                if len(pending) == FLUSH:
-                    self._flush(log, pending, total, number)
-            self._flush(log, pending, total, number)
-        row: dict[str, Any] = {"epoch": number, **{name: value / len(self.batches) for name, value in total.items()}}
-        improved = False
+        for batch in self.batches.epoch(np.random.default_rng([self.run.seed, number]), rank, self.world):
+            if self.schedule is not None:
+                for group, rate in zip(self.raw_optimizer.param_groups, self.rates, strict=True):
+                    group["lr"] = rate * self.schedule(state.step)
+            batch = to_device(batch, self.fabric.device) if moves else batch
+            losses.add(self.step(self.model, batch, self.optimizer, self.fabric))
+            state.step += 1
+            bar.advance()
+        row: dict[str, Any] = {"epoch": number, **losses.means()}
         if self.validate is not None and (number % self.config.evaluate_every == 0 or number == self.config.epochs):
-            metrics = self._validate()
-            row.update(metrics)
-            improved = self._judge(metrics, number)
-        state.epoch = number
-        elapsed = time.perf_counter() - begin
-        state.seconds += elapsed
-        row["seconds"] = elapsed
-        state.history.append(row)
-        metrics_row = {k: v for k, v in row.items() if k not in ("epoch", "seconds")}
-        log.write([{"step": state.step, "epoch": number, "seconds": elapsed, "metrics": metrics_row}])
-        self._save(improved)
+            row.update(self._validate(number))
+            self._judge(row[self.config.monitor], number)
+        seconds = time.perf_counter() - begin
+        if self.world > 1:  # all must agree on when to stop
+            seconds = self.fabric.broadcast(seconds, src=0)
+        metrics = {name: value for name, value in row.items() if name != "epoch"}
+        log.write([{"step": state.step, "epoch": number, "seconds": seconds, "metrics": metrics}])
+        state.epoch, state.seconds = number, state.seconds + seconds
+        state.history.append({**row, "seconds": seconds})
+        bar.epoch_done(row, state.best_value, state.best_epoch)
 
     def _plain_step(self, model: Any, batch: Any, optimizer: torch.optim.Optimizer, fabric: Any) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = model.loss(batch)
+        with fabric.autocast():
+            losses: dict[str, Tensor] = model.loss(batch)
         total = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
         optimizer.zero_grad()
         fabric.backward(total)
         if self.config.max_grad_norm:
-            fabric.clip_gradients(model, optimizer, max_norm=self.config.max_grad_norm)
+            # A norm that is not a number shows in the next loss; asking for it here would wait for the device.
+            fabric.clip_gradients(model, optimizer, max_norm=self.config.max_grad_norm, error_if_nonfinite=False)
         optimizer.step()
-        return losses if "loss" in losses else {"loss": total, **losses}
+        return {**losses, "loss": total}
 
-    def _flush(self, log: TrainingLog, pending: list[dict[str, Tensor]], total: dict[str, float], epoch: int) -> None:
-        if not pending:
-            return
-        names = list(pending[0])
-        values = torch.stack([torch.stack([row[name].float() for name in names]) for row in pending])
-        if self.fabric.world_size > 1:
-            values = self.fabric.all_reduce(values, reduce_op="mean")
-        rows = []
-        first = self.state.step - len(pending) + 1
-        for offset, numbers in enumerate(values.tolist()):
-            bad = [name for name, number in zip(names, numbers, strict=True) if not math.isfinite(number)]
-            if bad:
-                raise TrainingError(
-                    f"{bad[0]!r} is not a number at epoch {epoch}, step {first + offset}",
-                    hint="lower learning_rate, set max_grad_norm, or train with --precision 32",
-                )
-            rows.append({"step": first + offset, "epoch": epoch, **dict(zip(names, numbers, strict=True))})
-            for name, number in zip(names, numbers, strict=True):
-                total[name] = total.get(name, 0.0) + number
-        log.write(rows)
-        pending.clear()
-
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, epoch: int) -> dict[str, Any]:
+        """The metrics of this epoch, on every process; those that are not a number (but are not watched) as None."""
         assert self.validate is not None
-        metrics: dict[str, float] = {}
-        if self.fabric.global_rank == 0:
+        metrics: dict[str, Any] = {}
+        if self.first:
             self.raw.eval()
             with torch.no_grad():
-                metrics = {name: float(value) for name, value in self.validate().items()}
+                found = {name: float(value) for name, value in self.validate().items()}
+            metrics = {name: value if math.isfinite(value) else None for name, value in found.items()}
             self.raw.train()
-        if self.fabric.world_size > 1:
+        if self.world > 1:
             metrics = self.fabric.broadcast(metrics, src=0)
-        if self.config.monitor not in metrics:
+        monitor = self.config.monitor
+        if monitor not in metrics:
             raise ConfigError(
-                f"monitor is {self.config.monitor!r}, which validation does not give",
-                hint=did_you_mean(self.config.monitor, metrics),
+                f"monitor is {monitor!r}, which validation does not give", hint=did_you_mean(monitor, metrics)
+            )
+        if metrics[monitor] is None:
+            raise TrainingError(
+                f"{monitor} is not a number after epoch {epoch}",
+                hint="lower learning_rate, set max_grad_norm, or train with --precision 32",
             )
         return metrics
 
-    def _judge(self, metrics: Mapping[str, float], epoch: int) -> bool:
-        value, state = metrics[self.config.monitor], self.state
-        if state.best_value is not None and not value > state.best_value:
+    def _judge(self, value: float, epoch: int) -> None:
+        state = self.state
+        if state.best_value is not None and value <= state.best_value:
             state.waited += 1
-            return False
+            return
         state.best_value, state.best_epoch, state.waited = value, epoch, 0
         self.best = {name: tensor.detach().clone() for name, tensor in self.raw.state_dict().items()}
-        return True
 
-    def _save(self, improved: bool) -> None:
-        if self.run.path is None:
+    def _save(self, *, last: bool) -> None:
+        begin = time.perf_counter()
+        if self.folder is None or not self.first or not (last or begin >= self.saved_at + self.saving / SAVING_SHARE):
             return
-        if self.fabric.global_rank == 0:
-            progress = {**vars(self.state), "config": self.config.model_dump(mode="json"), "seed": self.run.seed}
-            save_checkpoint(self.run.path / "checkpoints" / "last", self.raw, self.raw_optimizer, progress)
-            if improved:
-                save_checkpoint(self.run.path / "checkpoints" / "best", self.raw, self.raw_optimizer, progress)
-        self.fabric.barrier()
+        state = self.state
+        progress = {**vars(state), **self._identity()}
+        if self.best is not None and self.best_saved != state.best_epoch:
+            save_checkpoint(self.folder / "best", self.best, {"epoch": state.best_epoch, "value": state.best_value})
+            self.best_saved = state.best_epoch
+        save_checkpoint(self.folder / "last", self.raw.state_dict(), progress, self.raw_optimizer)
+        self.saved_at = time.perf_counter()
+        self.saving = self.saved_at - begin
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run must share with the one it goes on from; when to stop is not part of it."""
+        config = self.config.model_dump(mode="json")
+        fixed = {name: value for name, value in config.items() if name != "patience" and not name.endswith("epochs")}
+        return {"config": fixed, "seed": self.run.seed, "batches": len(self.batches)}
 
     def _resume(self) -> None:
-        if self.run.path is None:
+        if self.folder is None:
             raise ConfigError("resuming needs the folder of the run", hint="give --out")
-        folder = self.run.path / "checkpoints"
-        if not (folder / "last" / "checkpoint.json").exists():
+        if not (self.folder / "last" / HEADER).exists():
             return  # stopped before the first epoch ended: begin anew
-        found = load_checkpoint(folder / "last")
-        progress = dict(found.progress)
-        before, now = progress.pop("config"), self.config.model_dump(mode="json")
-        changed = [k for k in now if k not in EXTENDABLE and before.get(k) != now[k]]
-        if changed or progress.pop("seed") != self.run.seed:
-            name = changed[0] if changed else "seed"
-            raise ConfigError(
-                f"the run in {self.run.path.name!r} was started with another {name!r}",
-                where=str(self.run.path),
-                hint="resume with the same settings, or choose another --out",
-            )
+        found = load_checkpoint(self.folder / "last")
         try:
+            before = {name: found.progress.pop(name) for name in ("config", "seed", "batches")}
+            _check_same(before, self._identity(), self.folder.parent)
+            state = _Progress(**found.progress)
             self.raw.load_state_dict(found.model)
             self.raw_optimizer.load_state_dict(found.optimizer)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise StorageError(f"the checkpoint does not fit this model: {error}", where=str(folder)) from error
-        torch.set_rng_state(found.random)
-        self.state = _Progress(**progress)
-        if self.state.best_value is not None:
-            self.best = load_checkpoint(folder / "best").model
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"the checkpoint does not fit this model: {error}", where=str(self.folder)) from error
+        self.state = state
+        if state.best_value is not None:
+            best = load_checkpoint(self.folder / "best")
+            self.best, self.best_saved = best.model, int(best.progress["epoch"])
+
+
+class _Losses:
+    """The losses of one epoch: kept on the device, read and logged some hundred steps at a time."""
+
+    def __init__(self, fabric: Any, log: TrainingLog, epoch: int, step: int) -> None:
+        self.fabric, self.log, self.epoch, self.step = fabric, log, epoch, step
+        self.waiting: list[dict[str, Tensor]] = []
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        self.waiting.append({name: value.detach() for name, value in losses.items()})
+        if len(self.waiting) == FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read, log and sum up what waits.
+
+        Raises:
+            TrainingError: a loss is not a number.
+        """
+        if not self.waiting:
+            return
+        values = torch.stack([value.float() for row in self.waiting for value in row.values()])
+        if self.fabric.world_size > 1:
+            values = self.fabric.all_reduce(values, reduce_op="mean")
+        numbers = iter(values.tolist())
+        rows: list[dict[str, Any]] = []
+        for names in self.waiting:
+            self.step += 1
+            found = dict(zip(names, numbers, strict=False))  # as many as there are names
+            bad = [name for name, number in found.items() if not math.isfinite(number)]
+            if bad:
+                self.log.write(rows)
+                raise TrainingError(
+                    f"{bad[0]!r} is {found[bad[0]]} at epoch {self.epoch}, step {self.step}",
+                    hint="lower learning_rate, set max_grad_norm, or train with --precision 32",
+                )
+            for name, number in found.items():
+                self.sums[name] = self.sums.get(name, 0.0) + number
+                self.counts[name] = self.counts.get(name, 0) + 1
+            rows.append({"step": self.step, "epoch": self.epoch, **found})
+        self.log.write(rows)
+        self.waiting.clear()
+
+    def means(self) -> dict[str, float]:
+        """The mean of each loss over the steps that gave it.
+
+        Raises:
+            TrainingError: a loss is not a number, or there was no step.
+        """
+        self.flush()
+        if not self.counts:
+            raise TrainingError(f"epoch {self.epoch} gave no batch", hint="check filters and split")
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    changed = [name for name in now["config"] if before["config"].get(name) != now["config"][name]]
+    changed += [name for name in ("seed",) if before[name] != now[name]]
+    if changed:
+        what = f"another {changed[0]!r}"
+    elif before["batches"] != now["batches"]:
+        what = f"other data: {before['batches']} batches an epoch, now {now['batches']}"
+    else:
+        return
+    raise ConfigError(
+        f"the run in {path.name!r} was started with {what}",
+        where=str(path),
+        hint="resume with the same settings and data, or choose another --out",
+    )
