@@ -276,13 +276,13 @@ def check_leaks(made: Split) -> None:
     _check_training(log, train)
     asked: dict[str, NDArray[np.int64]] = {}
     for name, cases in (("validation", made.valid), ("test", made.test)):
-        owner = np.searchsorted(log.offsets, cases.start, side="right") - 1
+        owner = np.searchsorted(log.offsets, cases.start.clip(0, len(log) - 1), side="right") - 1
 
         def refuse(bad: NDArray[np.bool_], what: str, name: str = name, owner: NDArray[Any] = owner) -> None:
             if bool(bad.any()):
                 raise DataError(f"{name} {what}", where=f"user {log.users.id(int(owner[np.flatnonzero(bad)[0]]))!r}")
 
-        inside = (cases.start <= cases.stop) & (cases.stop < cases.target_stop)
+        inside = (cases.start >= 0) & (cases.start <= cases.stop) & (cases.stop < cases.target_stop)
         refuse(~inside | (cases.target_stop > log.offsets[owner + 1]), "asks for rows outside its user's history")
         trained = train.lengths[owner]
         refuse(cases.stop < log.offsets[owner] + trained, "asks for rows that were trained on")
@@ -305,7 +305,7 @@ def check_leaks(made: Split) -> None:
         begun = log.time[np.minimum(log.offsets[:-1], len(log) - 1)]
         last_trained = int(begun[train.lengths > 0].max())
         for name, cases in (("validation", made.valid), ("test", made.test)):
-            if int(log.time[cases.start].min()) < last_trained:
+            if bool((log.time[cases.start] < last_trained).any()):
                 raise DataError(f"{name} asks for a session that began before one that was trained on")
 
 
@@ -338,5 +338,5 @@ def _check_order(log: Interactions, made: Split, asked: Mapping[str, NDArray[np.
         ("validation", log.time[asked["validation"]], first, second),
         ("test", log.time[asked["test"]], second, None),
     ):
-        if (low is not None and int(times.min()) < low) or (high is not None and int(times.max()) >= high):
+        if (low is not None and bool((times < low).any())) or (high is not None and bool((times >= high).any())):
             raise DataError(f"a {name} row lies on the wrong side of a cut", where=f"cuts at {first} and {second}")
