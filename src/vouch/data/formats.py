@@ -179,9 +179,12 @@ def open_table(file: File, mark: str, *, header: bool, quote: str | None, notes:
     """Delimited text whose columns are all kept as text: ids keep their spelling."""
     try:
         frame = pl.scan_csv(file.path, separator=mark, has_header=header, infer_schema=False, quote_char=quote)
-        frame.collect_schema()
+        names = frame.collect_schema().names()
     except pl.exceptions.PolarsError as error:
         raise DataError(f"the file cannot be read: {str(error).splitlines()[0]}", where=str(file)) from error
+
+    if not header:
+        frame = frame.rename({name: f"column_{place}" for place, name in enumerate(names, 1)})
 
     def records() -> Iterator[tuple[int, list[str]]]:
         """Line number and cells of each record, the header's among them."""
@@ -203,7 +206,7 @@ def open_table(file: File, mark: str, *, header: bool, quote: str | None, notes:
         bad = _first_undecodable_line(file)
         if bad:
             return f"{file}, line {bad}", "it is not UTF-8 text; convert it with iconv"
-        width = len(frame.collect_schema())
+        width = len(names)
         line = 1
         try:
             for line, cells in records():

@@ -47,7 +47,7 @@ def to_numbers(column: pl.Series) -> NDArray[Any]:
     if number.dtype == pl.Boolean or number.dtype.is_decimal():
         number = number.cast(pl.Float64)
     if not number.dtype.is_numeric():
-        raise BadCellError(0, column[0], f"numbers are wanted, the column holds {column.dtype}")
+        raise BadCellError(0, column.to_list()[0], f"numbers are wanted, the column holds {column.dtype}")
     _refuse(column, ~number.is_finite().fill_null(False) if number.dtype.is_float() else number.is_null())
     return number.to_numpy()
 
@@ -87,19 +87,26 @@ def _from_text(column: pl.Series) -> tuple[NDArray[np.int64], str]:
     iso = text.set(~text.str.contains(r"^\d{4}[-/]\d{1,2}[-/]\d{1,2}").fill_null(False), None).str.replace(
         " ?UTC$", "Z"
     )
-    try:
-        dates = iso.str.to_datetime(strict=False, time_zone="UTC")
-        late = iso.str.to_datetime("%+", strict=False, time_zone="UTC")
-        dates = pl.select(
-            pl.coalesce(dates.cast(pl.Datetime("us", "UTC")), late.cast(pl.Datetime("us", "UTC")))
-        ).to_series()
-    except pl.exceptions.PolarsError:  # no cell has a form that polars can infer
-        dates = pl.Series([None] * len(iso), dtype=pl.Datetime("us", "UTC"))
+    dates = _parse(iso)
     _refuse(
         column, dates.is_null() & ~is_number, "times are unix seconds or milliseconds, or ISO dates (2024-01-31T12:00)"
     )
     _refuse(column, is_number, "the column mixes dates and numbers; use one of them")
     return dates.dt.epoch("s").to_numpy(), "ISO dates"
+
+
+def _parse(iso: pl.Series) -> pl.Series:
+    """Moments of texts, null where there is none; forms are inferred one after the other, as they come."""
+    dates = pl.Series([None] * len(iso), dtype=pl.Datetime("us", "UTC"))
+    while True:
+        left = iso.set(dates.is_not_null(), None)
+        try:
+            more = left.str.to_datetime(time_unit="us", time_zone="UTC", strict=False)
+        except pl.exceptions.PolarsError:  # no form can be inferred from what is left
+            return dates
+        if more.null_count() == len(more):
+            return dates
+        dates = dates.zip_with(more.is_null(), more)
 
 
 def _by_size(values: NDArray[Any]) -> tuple[NDArray[np.int64], str]:
