@@ -231,7 +231,7 @@ def test_the_hardest_negative_is_taken(factors: Factors) -> None:
     user, negatives = torch.tensor([0, 3]), torch.tensor([[1, 2, 5], [7, 7, 0]])
     chosen = hardest(factors, user, negatives)
     for u, row, found in zip(user, negatives, chosen, strict=True):
-        scores = [float(factors.user[u] @ factors.item[j]) for j in row]
+        scores = [float(factors.user.detach()[u] @ factors.item.detach()[j]) for j in row]
         assert int(found) == int(row[int(np.argmax(scores))])
 
 

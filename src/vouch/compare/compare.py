@@ -237,9 +237,20 @@ def _executor(jobs: int, ray: str | None) -> Executor:
         from vouch.compare.on_ray import RayExecutor
 
         return RayExecutor(ray)
+    if jobs == 1:
+        return _Here()
     import multiprocessing
 
     return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+
+
+class _Here(Executor):
+    """Runs each piece in this process when it is submitted."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
 
 
 def _assemble(
