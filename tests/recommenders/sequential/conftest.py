@@ -47,10 +47,20 @@ def chain() -> tuple[np.ndarray, Split]:
 
 @pytest.fixture(scope="session")
 def second_order() -> Split:
-    """The next of 6 items is fixed by the last two, 9 times in 10; by the last alone nothing can be said."""
+    """The next of 5 items is fixed by the last two, 9 times in 10; from the last alone nothing can be said."""
     generator = np.random.default_rng(2)
-    states = [generator.integers(0, 6, 500), generator.integers(0, 6, 500)]
-    for _ in range(20):
-        rule = (states[-1] + states[-2]) % 6
-        states.append(np.where(generator.random(500) < 0.9, rule, generator.integers(0, 6, 500)))
-    return split(Dataset.of(make_log(np.stack(states, 1).tolist(), 6)))
+    states = [generator.integers(0, 5, 1500), generator.integers(0, 5, 1500)]
+    for _ in range(6):
+        rule = (states[-1] + states[-2]) % 5
+        states.append(np.where(generator.random(1500) < 0.9, rule, generator.integers(0, 5, 1500)))
+    return split(Dataset.of(make_log(np.stack(states, 1).tolist(), 5)))
+
+
+@pytest.fixture(scope="session")
+def ring() -> Split:
+    """30 items in a ring; the next is the right neighbour 4 times in 5, else any."""
+    generator = np.random.default_rng(3)
+    states = [generator.integers(0, 30, 400)]
+    for _ in range(11):
+        states.append(np.where(generator.random(400) < 0.8, (states[-1] + 1) % 30, generator.integers(0, 30, 400)))
+    return split(Dataset.of(make_log(np.stack(states, 1).tolist(), 30)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +44,7 @@ def test_every_event_after_the_first_is_a_target_once(
     log_of: LogOf, lengths: list[int], length: int, batch_size: int, every: bool, seed: int
 ) -> None:
     start = np.cumsum([0, *lengths])
-    histories = [list(range(a, b)) for a, b in zip(start, start[1:], strict=False)]  # no event has the same item
+    histories = [list(range(a, b)) for a, b in itertools.pairwise(start)]  # no event has the same item
     log = log_of(histories, int(start[-1]) + 1)
     if max(lengths) < 2:
         with pytest.raises(DataError, match="no history has two events"):

@@ -15,12 +15,13 @@ from torch import Tensor
 from vouch import registry
 from vouch.data import Dataset, Queries, Query, Split, split
 from vouch.errors import ConfigError, DataError, UnknownIdError
+from vouch.evaluation import evaluate
 from vouch.recommenders import load
 from vouch.recommenders.sequential import base
 from vouch.recommenders.sequential.base import Objective, SequentialRecommender
 from vouch.recommenders.sequential.batches import SequenceBatch
-from vouch.recommenders.sequential.bert4rec import BERT4Rec
 from vouch.recommenders.sequential.gru4rec import GRU4Rec
+from vouch.recommenders.sequential.markov import Markov
 from vouch.recommenders.sequential.sasrec import SASRec
 from vouch.training import Run
 
@@ -147,13 +148,13 @@ def test_every_other_item_once_as_negative_is_the_full_softmax(made: Split) -> N
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_each_loss_learns_the_order(kind: str, chain: tuple[np.ndarray, Split]) -> None:
-    _, made = chain
-    model = SASRec(hidden_size=16, num_layers=1, num_heads=1, dropout=0.0, loss=kind, negatives=4, epochs=2,
-                   learning_rate=0.01, batch_size=32, patience=9)  # fmt: skip
-    report = model.fit(made, Run(device="cpu"))
+def test_each_loss_learns_the_order(kind: str, ring: Split) -> None:
+    epochs = 24 if kind == "gbce" else 6  # with few negatives its positives weigh little, and it starts slowly
+    shape: dict[str, Any] = {"hidden_size": 16, "num_layers": 1, "num_heads": 1, "dropout": 0.0, "batch_size": 32}
+    model = SASRec(**shape, loss=kind, negatives=8, epochs=epochs, evaluate_every=epochs, learning_rate=0.01)
+    report = model.fit(ring, Run(device="cpu"))
     assert report.history[-1]["loss"] < report.history[0]["loss"]
-    assert report.best_value is not None and report.best_value > 0.62  # chance is 0.47 (all 8 items are within 10)
+    assert evaluate(model, ring.test, metrics=["NDCG@3"], exclude="none").metrics["NDCG@3"] > 0.5  # chance is 0.07
 
 
 @pytest.mark.parametrize("slug", METHODS)
@@ -213,7 +214,9 @@ def test_scores_in_blocks_equal_scores_in_one_piece(
     assert torch.allclose(whole, parts, atol=1e-5)
     seen = []
     forward = model.network.forward
-    monkeypatch.setattr(model.network, "forward", lambda items, lengths: seen.append(items.shape) or forward(items, lengths))
+    monkeypatch.setattr(
+        model.network, "forward", lambda items, lengths: seen.append(items.shape) or forward(items, lengths)
+    )
     monkeypatch.setattr(base, "ENCODE_TOKENS", 16)
     assert torch.allclose(whole, model.score(queries), atol=1e-5)
     assert len(seen) > 5 and all(rows * width <= 24 for rows, width in seen)
@@ -226,14 +229,14 @@ def test_only_the_last_items_of_a_long_history_are_read(slug: str, trained: dict
     assert reads == (7 if slug == "bert4rec" else 8)
     whole, end = (model.score(Queries.from_histories([h])) for h in (LONG, LONG[-reads:]))
     assert torch.equal(whole, end)
-    other = LONG[:-reads] + [(LONG[-reads] + 1) % 25] + LONG[-reads + 1 :]
+    other = [*LONG[:-reads], (LONG[-reads] + 1) % 25, *LONG[-reads + 1 :]]
     assert not torch.equal(whole, model.score(Queries.from_histories([other])))
 
 
 @pytest.mark.parametrize("slug", METHODS)
 def test_order_matters(slug: str, trained: dict[str, SequentialRecommender]) -> None:
     there, back = (trained[slug].score(Queries.from_histories([h])) for h in ([1, 2, 3, 4], [4, 3, 2, 1]))
-    assert not torch.allclose(there, back, atol=1e-3)
+    assert (there - back).abs().max() > 1e-4  # ten times what rounding gives
 
 
 @pytest.mark.parametrize("slug", METHODS)
@@ -345,28 +348,25 @@ def test_the_objective_follows_the_size_of_the_catalogue(made: Split) -> None:
 @pytest.mark.parametrize("kind", [SASRec, GRU4Rec])
 def test_a_first_order_chain_is_learned(kind: Any, chain: tuple[np.ndarray, Split]) -> None:
     matrix, made = chain
-    model = kind(hidden_size=32, dropout=0.0, loss="ce", epochs=8, learning_rate=5e-3, batch_size=32, max_length=20)
+    shape: dict[str, Any] = {"hidden_size": 32, "dropout": 0.0, "batch_size": 32, "max_length": 20, "loss": "ce"}
+    model = kind(**shape, epochs=10, evaluate_every=10, learning_rate=3e-3 if kind is SASRec else 1e-2)
     model.fit(made, Run(device="cpu"))
     queries = made.test.queries()
-    last = queries.item[queries.offsets[1:] - 1]
+    truth = matrix[queries.item[queries.offsets[1:] - 1]]
     predicted = F.log_softmax(model.score(queries).double(), dim=-1).numpy()
-    truth = matrix[last]
     divergence = (truth * (np.log(truth.clip(1e-12)) - predicted)).sum(1).mean()
     assert divergence < 0.05
-    hits = (predicted.argmax(1) == truth.argmax(1)).mean()
-    assert hits > 0.9  # so that HR@1 is the mean largest transition probability, where the two largest differ
+    hits = truth[np.arange(len(truth)), predicted.argmax(1)].mean()
+    assert hits == pytest.approx(truth.max(1).mean(), rel=0.03)  # HR@1 is the mean largest transition probability
 
 
-@pytest.mark.parametrize("kind", [SASRec, GRU4Rec, BERT4Rec])
+@pytest.mark.parametrize("kind", [SASRec, GRU4Rec])
 def test_more_than_the_last_item_is_used(kind: Any, second_order: Split) -> None:
-    from vouch.evaluation import evaluate
-    from vouch.recommenders.sequential.markov import Markov
-
     def hits(model: Any) -> float:
         model.fit(second_order, Run(device="cpu"))
         return evaluate(model, second_order.test, metrics=["HR@1"], exclude="none").metrics["HR@1"]
 
-    shape: dict[str, Any] = {"hidden_size": 32, "dropout": 0.0, "batch_size": 32, "max_length": 21, "patience": 99}
-    more = {"last_share": 0.8, "epochs": 40} if kind is BERT4Rec else {"epochs": 12}
-    assert hits(Markov()) < 0.35  # chance is 1/6; old events weigh a little too
-    assert hits(kind(**shape, **more, learning_rate=5e-3, loss="ce", evaluate_every=4, monitor="NDCG@2")) > 0.75
+    shape: dict[str, Any] = {"hidden_size": 32, "dropout": 0.0, "loss": "ce", "max_length": 9, "batch_size": 32}
+    epochs = 14 if kind is SASRec else 6
+    assert hits(Markov()) < 0.3  # chance is 0.2
+    assert hits(kind(**shape, epochs=epochs, evaluate_every=epochs, learning_rate=5e-3)) > 0.5
