@@ -33,10 +33,10 @@ def train_pair(made: Split, scale: Scale, seed: int, **settings: Any) -> tuple[B
     first = BPR(epochs=before, **common)
     first.fit(made, Run(seed=1000 + seed))
     plain = BPR(epochs=after, **common)
-    plain.fit(made, Run(seed=seed), start=first.factors)
+    # APR's second phase counts its seed one further: one more for BPR gives both the same batches.
+    plain.fit(made, Run(seed=seed + 1), start=first.factors)
     hardened = APR(adversarial_epochs=after, **common, **settings)
-    # APR's second phase counts its seed one further: hand it the one that gives both the same batches.
-    hardened.fit(made, Run(seed=seed - 1), start=first.factors)
+    hardened.fit(made, Run(seed=seed), start=first.factors)
     return plain, hardened
 
 

@@ -55,6 +55,13 @@ class LedgerEntry:
         return asdict(self)
 
 
+def judge(low: float, high: float) -> str:
+    """`holds` if the whole interval of the effect lies above 0, `does not hold` if below, else `inconclusive`."""
+    if low > 0:
+        return "holds"
+    return "does not hold" if high < 0 else "inconclusive"
+
+
 def default_ledger() -> Path:
     """Where new results go: the project's ledger in a checkout, a file in the current folder otherwise."""
     root = PACKAGED.parents[3]
@@ -78,14 +85,23 @@ def read_ledger(path: Path | None = None) -> list[LedgerEntry]:
             if not line.strip():
                 continue
             try:
-                entries.append(LedgerEntry(**json.loads(line)))
-            except (json.JSONDecodeError, TypeError) as error:
+                entries.append(_checked(LedgerEntry(**json.loads(line))))
+            except (ValueError, TypeError) as error:
                 raise StorageError(
                     f"the ledger has a line that is no entry: {error}",
                     where=f"{file}, line {number}",
                     hint="mend or drop it",
                 ) from error
     return entries
+
+
+def _checked(entry: LedgerEntry) -> LedgerEntry:
+    low, high = (float(bound) for bound in entry.interval)
+    if not low <= high:
+        raise ValueError(f"{entry.interval} is no interval")
+    if entry.verdict != judge(low, high):
+        raise ValueError(f"the verdict {entry.verdict!r} is not what the interval {entry.interval} says")
+    return entry
 
 
 def append(entry: LedgerEntry, path: Path) -> None:

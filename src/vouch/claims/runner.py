@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from vouch.claims.claim import SCALES, Claim, Measurement, Scale, claim
-from vouch.claims.ledger import LedgerEntry, append, default_ledger
+from vouch.claims.ledger import LedgerEntry, append, default_ledger, judge
 from vouch.compare.machine import commit, describe_machine
 from vouch.data import Dataset
 from vouch.data.prepare import check_writable
-from vouch.data.readers import read
-from vouch.errors import ConfigError, did_you_mean
+from vouch.data.readers import find_source, read
+from vouch.errors import ConfigError, StorageError, did_you_mean
 from vouch.evaluation import Interval, seed_interval, two_way_interval
 from vouch.files import atomic_file, read_json, write_json
 
@@ -60,7 +60,7 @@ def run_claim(
     n = seeds if seeds is not None else SEEDS[scale]
     if n < 2:
         raise ConfigError(f"{n} seed gives no interval", hint="run at least 2, better 5")
-    source = data or found.source(scale)
+    source = data or _published(found.source(scale))
     out = Path(out)
     check_writable(out)
     target = ledger or default_ledger()
@@ -114,11 +114,20 @@ def run_claim(
     return entry
 
 
+def _published(source: str) -> str:
+    """A claim's own data set, if it is on this machine."""
+    if source != "world":
+        try:
+            find_source(source)
+        except StorageError as error:
+            hint = "set VOUCH_DATA to the folder that holds it, or run the claim on your own data with --data"
+            raise StorageError(f"the data set {source!r} of this claim is not here", hint=hint) from error
+    return source
+
+
 def verdict(interval: Interval) -> str:
-    """`holds` if the whole interval of the effect lies above 0, `does not hold` if below, else `inconclusive`."""
-    if interval.low > 0:
-        return "holds"
-    return "does not hold" if interval.high < 0 else "inconclusive"
+    """What an interval of the effect says: see `judge`."""
+    return judge(interval.low, interval.high)
 
 
 def effect_interval(measured: Sequence[Measurement]) -> Interval:
@@ -150,10 +159,14 @@ def _measure_all(
                 pool.submit(_measure_seed, found.slug, found.variant, prepared, scale, seed, folder, threads): seed
                 for seed in missing
             }
-            for future in as_completed(futures):
-                future.result()
-                done += 1
-                say(f"{found.slug} ({found.variant}): seed {futures[future]} done", done, n)
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    done += 1
+                    say(f"{found.slug} ({found.variant}): seed {futures[future]} done", done, n)
+            except BaseException:  # an error or an interrupt: begin no further seed
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return [_load(folder, seed) for seed in range(n)]
 
 

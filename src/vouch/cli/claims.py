@@ -129,19 +129,17 @@ def list_entries(
     from rich.table import Table
 
     table = Table()
-    for name in ("claim", "scale", "data", "metric", "baseline", "method", "effect", "95 % interval", "verdict"):
-        table.add_column(name, justify="right" if name in ("baseline", "method", "effect") else "left")
+    for name in ("claim", "scale", "data", "baseline", "method", "effect [95 % interval]", "verdict"):
+        table.add_column(name, justify="right" if name in ("baseline", "method") else "left", overflow="fold")
     for entry in entries:
-        style, low_high = VERDICT_STYLE.get(entry.verdict, "bold"), entry.interval
+        style, (low, high) = VERDICT_STYLE.get(entry.verdict, "bold"), entry.interval
         table.add_row(
-            f"{entry.slug} ({entry.variant})",
+            f"{entry.slug} {entry.variant}",
             entry.scale,
             entry.data,
-            entry.metric,
             f"{entry.baseline:.4f}",
             f"{entry.method:.4f}",
-            f"{entry.effect:+.4f}",
-            f"{low_high[0]:+.4f} to {low_high[1]:+.4f}",
+            f"{entry.effect:+.4f} \\[{low:+.4f}, {high:+.4f}]",
             f"[{style}]{entry.verdict}[/{style}]",
         )
     shared.console().print(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from typing import Any
 
 import typer
 
@@ -44,41 +45,54 @@ def run() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and give its exit code."""
+    """Run the command line and give its exit code: 0, 2 for what the user can mend, 130 when stopped."""
+    command = typer.main.get_command(app)
+    _suggest_once(command)
     try:
-        result = app(arguments, standalone_mode=False)
-        return int(result) if isinstance(result, int) else 0
+        # Invoked without typer's own `main`, which would swallow an interrupt and a closed pipe.
+        with command.make_context("vouch", sys.argv[1:] if arguments is None else list(arguments)) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+        return 0
     except VouchError as error:
         complain(error)
     except KeyboardInterrupt:
-        print(
-            "\nstopped. Finished work is kept: the same command with --resume (train) or as it was goes on.",
-            file=sys.stderr,
-        )
+        print("\nstopped. Finished work is kept: the same command goes on from it.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError:
-        complain(
-            VouchError("there is not enough memory", hint="use a smaller batch_size, or a method with less to hold")
-        )
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        complain(
-            VouchError(
-                f"cannot write: {error.strerror}", where=error.filename, hint="free some space, or choose another --out"
-            )
-        )
-    except typer.Exit as done:
-        return done.exit_code
+        complain(_explain(error))
     except Exception as error:
+        name = type(error).__name__
+        if name == "Exit":
+            return int(getattr(error, "exit_code", 0))
+        if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            hint = "use a smaller batch_size, or a method with less to hold"
+            complain(VouchError("there is not enough memory", hint=hint))
+            return 2
         # Errors of the command line itself (a missing option, an unknown command) know how to show themselves.
         show = getattr(error, "show", None)
-        if type(error).__name__ == "Abort":
-            return 130
         if show is None:
             raise
         show()
     return 2
+
+
+def _explain(error: OSError) -> VouchError:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return VouchError(
+            f"cannot write: {reason}", where=error.filename, hint="free some space, or choose another --out"
+        )
+    return VouchError(
+        f"cannot read or write: {reason}", where=error.filename, hint="check the path and its permissions"
+    )
+
+
+def _suggest_once(command: Any) -> None:
+    """Leave 'did you mean' to click where it has it: typer would say it again."""
+    command.suggest_commands = False
+    for inner in getattr(command, "commands", {}).values():
+        _suggest_once(inner)

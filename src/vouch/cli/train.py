@@ -19,7 +19,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def train(
-    method: Annotated[str, typer.Argument(help="What to train: see 'vouch systems --baselines'.")],
+    method: Annotated[str, typer.Argument(help="What to train; 'vouch systems METHOD' shows its settings.")],
     data: shared.Source,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
     settings: shared.Settings = None,
@@ -51,8 +51,10 @@ def train(
     from vouch.evaluation import evaluate as measure
     from vouch.recommenders.runs import begin_run, finish_run
     from vouch.training import Run
+    from vouch.training.devices import parse_device
 
     kind = registry.method(method)
+    parse_device(device)
     config = kind.Config.parse(settings or [])
     chosen = shared.filters(k_core, min_value, duplicates, since, until)
     if resume and (out / "data" / "dataset.json").exists():
@@ -77,7 +79,13 @@ def train(
         max_seconds=max_seconds,
         mlflow=mlflow,
     )
-    report = model.fit(made, run)
+    try:
+        report = model.fit(made, run)
+    except KeyboardInterrupt:
+        kept_last = (out / "checkpoints" / "last" / "checkpoint.json").exists()
+        what = "the last checkpoint is kept: the same command with --resume goes on from it"
+        shared.say(f"\nstopped; {what if kept_last else 'no epoch was finished yet'} ({out})")
+        raise typer.Exit(130) from None
     metrics = measure(model, made.valid, metrics=["NDCG@10", "HR@10", "MRR"], train=made.train).metrics
     finish_run(out, model, made, report, source=data, seed=seed, metrics=metrics)
     result = {
