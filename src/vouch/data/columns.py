@@ -198,7 +198,7 @@ def _narrow(name: str, dtype: pl.DataType, raw: RawLog) -> list[pl.Expr]:
         if dtype != pl.String:
             return [column]
         number = column.cast(pl.Int64 if name == "time" else pl.Float32, strict=False)
-        return [number, (column.is_null() | number.is_not_null()).alias(f"{name} fits")]
+        return [number, (column.is_null() | number.is_finite().fill_null(False)).alias(f"{name} fits")]
     if dtype.is_nested() or dtype in (pl.Binary, pl.Object):
         raise DataError(f"the {name} column holds {dtype}; ids are whole numbers or text", where=str(raw.source))
     if name in ("user", "item") and (dtype.is_integer() or dtype.is_float()) and dtype != pl.UInt64:

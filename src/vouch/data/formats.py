@@ -124,7 +124,7 @@ def _kind_of_word_lines(file: File, lines: list[str]) -> str:
 
 
 def _best_delimiter(lines: Sequence[str]) -> tuple[str, int]:
-    """The delimiter that splits nearly all of the first records as it splits the first, and into how many (1: none)."""
+    """The delimiter that splits most of the first records as it splits the very first, and into how many (1: none)."""
     text = "\n".join(lines[:200])
     best, width = "", 1
     for mark in DELIMITERS:
@@ -135,7 +135,7 @@ def _best_delimiter(lines: Sequence[str]) -> tuple[str, int]:
                 widths = [len(row) for row in csv.reader(io.StringIO(text, newline=""), delimiter=mark) if row]
             except csv.Error:
                 continue
-        if widths and widths[0] > width and widths.count(widths[0]) >= 0.9 * len(widths):
+        if widths and widths[0] > width and widths.count(widths[0]) > 0.5 * len(widths):
             best, width = mark, widths[0]
     return best, width
 
@@ -177,6 +177,7 @@ def read_delimited(file: File) -> RawLog:
 
 def open_table(file: File, mark: str, *, header: bool, quote: str | None, notes: Mapping[str, object]) -> RawLog:
     """Delimited text whose columns are all kept as text: ids keep their spelling."""
+    head(file)
     try:
         frame = pl.scan_csv(file.path, separator=mark, has_header=header, infer_schema=False, quote_char=quote)
         names = frame.collect_schema().names()
