@@ -51,7 +51,7 @@ def commit() -> str | None:
     if not head:
         return None
     # A ledger or a results file being written does not change what was run.
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.toml", "*.txt")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/src/*.py", ":/*.toml", ":/*.txt")
     return f"{head}+dirty" if changed else head
 
 
