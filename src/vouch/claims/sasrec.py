@@ -100,17 +100,18 @@ class Calibration(_SASRecClaim):
     """gBCE with and without calibration."""
 
     variant = "gbce"
-    statement = "SASRec trained with gBCE at t = 0.75 has a higher test NDCG@10 than at t = 0, with the same negatives."
+    statement = "SASRec trained with gBCE at t = 0.75 has a higher test Recall@10 than at t = 0, with the same negatives."
+    metric = "Recall@10"
     baseline = "gBCE, t = 0"
     method = "gBCE, t = 0.75"
-    reported = "ML-1M NDCG@10 .1259 (BCE, 1 negative) against .1726 (gBCE, 256 negatives, t 0.75)"
+    reported = "ML-1M Recall@10 .2392 (BCE, 1 negative) against .3003 (gBCE, 256 negatives, t 0.75)"
     data = {"smoke": "world", "desk": "ml_100k", "full": "ml_1m_sasrec"}
 
     def measure(self, dataset: Dataset, scale: Scale, seed: int) -> Measurement:
         """Train both with the same budget."""
         made = split(dataset)
         plain, calibrated = (train(made, scale, seed, loss="gbce", dropout=0.3, calibration=t) for t in (0.0, 0.75))
-        return measured(made, plain, calibrated)
+        return measured(made, plain, calibrated, "Recall@10")
 
 
 @register_claim
