@@ -163,7 +163,7 @@ def scores(hidden: Tensor, item_vectors: Tensor, items: Tensor, bias: Tensor | N
     Rows are taken by `index_select`, whose gradient is the same at any number of CPU threads; that of
     `item_vectors[items]` is not, and is slower.
     """
-    chosen = item_vectors.index_select(0, items.reshape(-1)).view(*items.shape, -1)
+    chosen = item_vectors.index_select(0, items.reshape(-1)).view(*items.shape, item_vectors.shape[1])
     products = (hidden * chosen).sum(-1) if items.dim() == 1 else torch.einsum("td,tnd->tn", hidden, chosen)
     products = products.to(torch.promote_types(products.dtype, torch.float32))
     return products if bias is None else products + bias.index_select(0, items.reshape(-1)).view(items.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,8 @@ TABLE_CELLS = 1 << 27
 """Largest user-by-item table of bytes kept for membership tests (128 MiB); above it, binary search."""
 ROUNDS = 12
 """Redraws before the few draws that still hit are made exactly from what is left."""
+EXACT_CELLS = 1 << 22
+"""Draws times items at once when drawing exactly (32 MiB of float64)."""
 
 
 class NegativeSampler:
@@ -30,6 +33,7 @@ class NegativeSampler:
 
     Raises:
         ConfigError: unknown kind, or a negative `alpha`.
+        TrainingError: the log has no rows to count.
     """
 
     def __init__(
@@ -46,19 +50,22 @@ class NegativeSampler:
             raise ConfigError(f"alpha is {alpha}; it must not be negative")
         self.log, self.n_items, self.avoid_known = log, log.n_items, avoid_known
         weight = np.ones(log.n_items) if kind == "uniform" else log.item_counts.astype(np.float64) ** alpha
+        if len(log) == 0:
+            raise TrainingError("the training log is empty: there is no item to draw", hint="check filters and split")
         self.probability: NDArray[np.float64] = weight / weight.sum()
         self._uniform = kind == "uniform"
-        self._cumulative = np.cumsum(self.probability)
-        self._cumulative[-1] = 1.0
-        # Known pairs as sorted keys user * N + item, for membership tests by binary search.
-        keys = log.user.astype(np.int64) * log.n_items + log.item if avoid_known else np.zeros(0, np.int64)
-        self._keys: NDArray[np.int64] = np.zeros(0, np.int64)
-        self._table: NDArray[np.bool_] | None = None
-        if log.n_users * log.n_items <= TABLE_CELLS:  # a table answers ten times faster
-            self._table = np.zeros(log.n_users * log.n_items, dtype=bool)
-            self._table[keys] = True
-        else:
-            self._keys = np.unique(keys)
+        cumulative = np.cumsum(self.probability)
+        self._cumulative = cumulative / cumulative[-1]  # ends in exact ones, so that what follows is never drawn
+
+    @functools.cached_property
+    def _known(self) -> tuple[NDArray[np.bool_] | None, NDArray[np.int64]]:
+        """The training pairs as a table, which answers ten times faster, or as sorted keys `user * N + item`."""
+        keys = self.log.user.astype(np.int64) * self.n_items + self.log.item
+        if self.log.n_users * self.n_items > TABLE_CELLS:
+            return None, np.unique(keys)
+        table = np.zeros(self.log.n_users * self.n_items, dtype=bool)
+        table[keys] = True
+        return table, keys[:0]
 
     def log_q(self) -> Tensor:
         """float32 `(n_items,)` log of the probability of each item to be drawn (-inf where it never is)."""
@@ -74,20 +81,22 @@ class NegativeSampler:
     def is_known(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether each (user, item) pair, broadcast together, is in the training log."""
         wanted = users * self.n_items + items
-        if self._table is not None:
-            return self._table[wanted]
-        if len(self._keys) == 0:
-            return np.zeros(wanted.shape, dtype=bool)
-        place = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
-        return self._keys[place] == wanted
+        table, keys = self._known
+        if table is not None:
+            return table[wanted]
+        place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        return keys[place] == wanted
 
     def sample(self, users: NDArray[np.int64], n: int, generator: np.random.Generator) -> NDArray[np.int64]:
         """`(B, n)` items for users `(B,)`.
 
         Raises:
             TrainingError: a user has every item that can be drawn; the message names the user.
+            ValueError: a user code is negative.
         """
         users = np.asarray(users, dtype=np.int64)
+        if users.min(initial=0) < 0:
+            raise ValueError("a user code is negative: users never seen have no items to avoid")
         drawn = self.draw((len(users), n), generator)
         if not self.avoid_known:
             return drawn
@@ -99,17 +108,23 @@ class NegativeSampler:
                 return drawn
             flat[hit] = self.draw(len(hit), generator)
             hit = hit[self.is_known(owner[hit], flat[hit])]
-        for place in hit:  # users who have nearly everything: choose exactly among the rest
-            flat[place] = self._draw_from_rest(int(owner[place]), generator)
+        flat[hit] = self._sample_exactly(owner[hit], generator)  # users who have nearly everything
         return drawn
 
-    def _draw_from_rest(self, user: int, generator: np.random.Generator) -> int:
-        weight = self.probability.copy()
-        weight[self.log.history(user)] = 0.0
-        total = weight.sum()
-        if total <= 0:
-            raise TrainingError(
-                f"no negative available for user {self.log.users.id(user)!r}: the user has every item",
-                hint="drop this user, or train with a loss that needs no negatives (cross-entropy)",
-            )
-        return int(generator.choice(self.n_items, p=weight / total))
+    def _sample_exactly(self, users: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
+        """One item for each user `(B,)` from the distribution over what the user does not have, in O(B N)."""
+        out = np.empty(len(users), dtype=np.int64)
+        rows = max(1, EXACT_CELLS // self.n_items)
+        for first in range(0, len(users), rows):
+            some = users[first : first + rows, None]
+            weight = np.where(self.is_known(some, np.arange(self.n_items)), 0.0, self.probability)
+            cumulative = weight.cumsum(axis=1)
+            total = cumulative[:, -1:]
+            if not total.all():
+                user = self.log.users.id(int(some[np.argmin(total), 0]))
+                raise TrainingError(
+                    f"no negative available for user {user!r}: the user has every item",
+                    hint="drop this user, or train with a loss that needs no negatives (cross-entropy)",
+                )
+            out[first : first + rows] = (cumulative <= generator.random((len(some), 1)) * total).sum(axis=1)
+        return out
