@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -53,18 +54,22 @@ def run_peer(name: str, script: str, *args: object, env: Mapping[str, str] | Non
     """Run a script of this folder in a peer's environment; the last line it prints must be one JSON object.
 
     Args:
+        args: what the script gets; paths must be absolute, as it runs in an empty folder.
         env: variables to set besides the present ones, such as `{"OPENBLAS_NUM_THREADS": "1"}`.
 
     Raises:
         subprocess.CalledProcessError: the script failed; what it printed on stderr has been shown.
     """
-    done = subprocess.run(
-        [str(peer_python(name)), str(HERE / script), *map(str, args)],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **(env or {})},
-    )
+    python = peer_python(name)
+    with tempfile.TemporaryDirectory() as folder:  # some peers leave logs where they are run
+        done = subprocess.run(
+            [str(python), str(HERE / script), *map(str, args)],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(env or {})},
+            cwd=folder,
+        )
     lines = done.stdout.strip().splitlines()
     if not lines:
         raise ValueError(f"{script} printed nothing")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from vouch.data import Catalog, Interactions, Queries
 from vouch.errors import ConfigError, DataError
-from vouch.evaluation.metrics import Metric
+from vouch.evaluation.metrics import Metric, distinct
 
 CELLS = 1 << 21
 """Values held at once."""
@@ -48,9 +48,9 @@ class Lists:
         if "PopularityBias" in families and train is not None:
             self._counts = train.item_counts.astype(np.float64)
         if "Novelty" in families and train is not None:
-            pairs = np.unique(train.user.astype(np.int64) * n_items + train.item)
+            pairs = distinct((train.item.astype(np.int64) << 32) + train.user)  # an item's users count once
             users = int((train.lengths > 0).sum())
-            self._information = -np.log2((np.bincount(pairs % n_items, minlength=n_items) + 1) / (users + 1))
+            self._information = -np.log2((np.bincount(pairs >> 32, minlength=n_items) + 1) / (users + 1))
         self._distance = _Distance(catalog) if "ILD" in families else None
         self._shown = {metric.name: np.zeros(n_items) for metric in metrics if metric.family in ("Coverage", "Gini")}
         self._sums = dict.fromkeys((metric.name for metric in metrics), 0.0)
@@ -58,16 +58,18 @@ class Lists:
 
     def add(self, lists: NDArray[np.int64], queries: Queries) -> None:
         """Take in the lists `(B, k)` of a block, -1 where a place is not filled."""
+        novelty, popularity = _running_mean(self._information, lists), _running_mean(self._counts, lists)
         own = self._own(queries)
         known = own > 0
         for metric in self.metrics:
             top = lists[:, : metric.k]
+            last = top.shape[1] - 1
             if metric.family in ("Coverage", "Gini"):
                 self._shown[metric.name] += np.bincount(top[top >= 0], minlength=self.n_items)
             elif metric.family == "Novelty":
-                self._add(metric, _mean(self._information, top))
+                self._add(metric, novelty[:, last])
             elif metric.family == "PopularityBias":
-                self._add(metric, _mean(self._counts, top[known]) / own[known] - 1)
+                self._add(metric, popularity[known, last] / own[known] - 1)
             else:
                 assert self._distance is not None
                 step = max(1, CELLS // (top.shape[1] * max(top.shape[1], self._distance.width)))
@@ -78,8 +80,9 @@ class Lists:
         """The mean training count of the items of each history `(B,)`; 0 where it is empty or nobody asks."""
         if len(self._counts) == 0:
             return np.zeros(len(queries))
-        summed = np.concatenate([np.zeros(1), np.cumsum(self._counts[queries.item])])
-        return (summed[queries.offsets[1:]] - summed[queries.offsets[:-1]]) / np.maximum(queries.lengths, 1)
+        # `reduceat` gives the value at its start for an empty slice: a last zero to start at, and no weight below.
+        summed = np.add.reduceat(np.append(self._counts[queries.item], 0.0), queries.offsets[:-1])
+        return np.where(queries.lengths > 0, summed / np.maximum(queries.lengths, 1), 0.0)
 
     def _add(self, metric: Metric, values: NDArray[np.float64]) -> None:
         values = values[~np.isnan(values)]  # lists for which it is not defined
@@ -106,11 +109,13 @@ class Lists:
         return found
 
 
-def _mean(values: NDArray[np.float64], top: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The mean value `(B,)` of the items of each list; NaN for an empty list."""
-    filled = top >= 0
+def _running_mean(values: NDArray[np.float64], lists: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The mean value of the first 1, 2, ... k items of each list `(B, k)`; NaN where none is filled."""
+    if len(values) == 0:  # no metric asks for them
+        return np.zeros((0, 0))
+    filled = lists >= 0
     with np.errstate(invalid="ignore"):
-        return np.where(filled, values[top], 0.0).sum(1) / filled.sum(1)
+        return np.where(filled, values[lists], 0.0).cumsum(1) / filled.cumsum(1)
 
 
 def gini(counts: NDArray[np.float64]) -> float:

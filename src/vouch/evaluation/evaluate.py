@@ -14,7 +14,7 @@ from torch import Tensor
 from vouch.data import Cases, Catalog, Interactions, Queries
 from vouch.errors import ConfigError, DataError, did_you_mean
 from vouch.evaluation.beyond import Lists
-from vouch.evaluation.metrics import DEFAULT_METRICS, Places, compute, parse_metric
+from vouch.evaluation.metrics import DEFAULT_METRICS, Places, compute, distinct, parse_metric
 from vouch.nn.topk import top_k
 
 BLOCK_CELLS = 1 << 22
@@ -212,27 +212,28 @@ def _targets(cases: Cases, first: int, last: int, n_items: int) -> tuple[NDArray
     item, offsets = cases.targets(first, last)
     keys = np.repeat(np.arange(last - first), np.diff(offsets)) * n_items + item
     if len(keys) > last - first:
-        keys = np.unique(keys)
+        keys = distinct(keys)
     return keys // n_items, keys % n_items
 
 
 def _without_history(scores: Tensor, queries: Queries) -> Tensor:
-    rows = torch.from_numpy(np.repeat(np.arange(len(queries)), queries.lengths)).to(scores.device)
-    columns = torch.from_numpy(queries.item.astype(np.int64)).to(scores.device)
-    return scores.index_put((rows, columns), scores.new_tensor(-torch.inf))
+    cells = np.repeat(np.arange(len(queries)) * scores.shape[1], queries.lengths) + queries.item
+    return scores.flatten().index_fill(0, torch.from_numpy(cells).to(scores.device), -torch.inf).view_as(scores)
 
 
 def _places(scores: Tensor, rows: Tensor, columns: Tensor) -> Places:
     """Where the targets `(rows, columns)` stand among the finite scores `(B, n_items)`: counting, no sort."""
     own = scores[rows, columns]
     above, equal = torch.empty_like(own, dtype=torch.float64), torch.empty_like(own, dtype=torch.float64)
-    for piece in torch.arange(len(rows), device=rows.device).split(max(1, PIECE_CELLS // scores.shape[1])):
+    step = max(1, PIECE_CELLS // scores.shape[1])
+    for piece in torch.arange(len(rows), device=rows.device).split(step):
         others, mine = scores.index_select(0, rows[piece]), own[piece].unsqueeze(1)
         truth = torch.empty_like(others)
         above[piece] = _count(torch.gt(others, mine, out=truth))
         equal[piece] = _count(torch.eq(others, mine, out=truth))
     banned = own.isneginf()
-    candidates = _count(torch.gt(scores, -torch.inf, out=torch.empty_like(scores)))
+    finite = [_count(torch.gt(part, -torch.inf, out=torch.empty_like(part))) for part in scores.split(step)]
+    candidates = torch.cat(finite)
     candidates.index_add_(0, rows, banned.double())
     return Places(
         rows.cpu().numpy(),

@@ -46,6 +46,7 @@ class Metric:
         return self.family in BEYOND
 
 
+@functools.cache
 def parse_metric(name: str) -> Metric:
     """Read a name such as `NDCG@10`, `MRR`, `Coverage@20`.
 
@@ -253,3 +254,9 @@ def _auc(places: Places) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         value = (total - m * (m + 1) / 2) / (m * others)
     return np.where(others > 0, value, 0.5)  # nothing to stand above: chance level
+
+
+def distinct(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The different values of `keys`, ascending. A sort is many times as fast as the hashing of `np.unique`."""
+    ascending = np.sort(keys)
+    return ascending[np.append(True, ascending[1:] != ascending[:-1])] if len(keys) else ascending
