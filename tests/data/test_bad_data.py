@@ -229,6 +229,8 @@ def test_binary_garbage(write: Write, name: str) -> None:
         (b"\x89PNG\r\n\x1a\n\0\0", "neither text nor Parquet"),
         (b"user,item\n\na,caf\xe9\n", "not UTF-8 text: byte 0xe9"),
         (b'[{"user": 1, "item": 2}]', "one JSON array"),
+        (b'{"user": {"id": 1}, "item": 2}', "no column looks like the user: found 'item'"),
+        (b"user,item\ra,b\rc,d\r", "bare carriage return"),
     ],
 )
 def test_other_forms_are_called_by_name(write: Write, begin: bytes, message: str) -> None:

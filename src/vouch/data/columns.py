@@ -140,10 +140,11 @@ def choose_columns(found: Sequence[str], mapping: Mapping[str, str] | None, sour
                 chosen[role] = match
     for role in ("user", "item"):
         if role not in chosen:
+            doubt = "the first line was taken for data" if "column_1" in found else "is the delimiter right?"
             raise DataError(
-                f"no column looks like the {role}: found {', '.join(repr(name) for name in found[:20])}",
+                f"no column looks like the {role}: found {', '.join(repr(name) for name in found[:20]) or 'none'}",
                 where=source,
-                hint=f"name it: --columns {role}=NAME (or columns={{'{role}': 'NAME'}}); is the delimiter right?",
+                hint=f"name it: --columns {role}=NAME (or columns={{'{role}': 'NAME'}}); {doubt}",
             )
     return chosen
 

@@ -59,6 +59,10 @@ def head(file: File) -> list[str]:
             where=f"{file}, line {line}",
             hint="convert it first, for example with: iconv -f latin1 -t utf-8",
         ) from None
+    if "\n" not in text and text.strip("\r").count("\r"):
+        raise DataError(
+            "the lines end with a bare carriage return", where=str(file), hint="convert the line ends to \\n"
+        )
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     return lines[:-1] if len(raw) == SNIFF and len(lines) > 1 else lines
 
@@ -260,11 +264,12 @@ def read_parquet(file: File, *parts: File) -> RawLog:
 def read_json_lines(file: File) -> RawLog:
     """One JSON object a line; the columns are the keys of the first lines."""
     head(file)
-    names: dict[str, None] = {}
+    names: dict[str, bool] = {}  # and whether a key's first value is nested, which no id, time or value is
     with file.path.open(encoding="utf-8", errors="replace") as opened:
         for number, line in enumerate(islice(opened, 1000), 1):
             if line.strip():
-                names.update(dict.fromkeys(_object(line, f"{file}, line {number}")))
+                cells = _object(line, f"{file}, line {number}")
+                names.update({name: isinstance(value, dict | list) for name, value in cells.items()} | names)
 
     def lines() -> Iterator[tuple[int, str]]:
         with file.path.open(encoding="utf-8", errors="replace") as opened:
@@ -286,7 +291,8 @@ def read_json_lines(file: File) -> RawLog:
         return None
 
     # As text, so that no later line can contradict a type guessed from the first ones.
-    frame = pl.scan_ndjson(file.path, schema=dict.fromkeys(names, pl.String))
+    schema = {name: pl.String for name, nested in names.items() if not nested}
+    frame = pl.scan_ndjson(file.path, schema=schema)
     return RawLog(frame, file, locate, None, trouble)
 
 

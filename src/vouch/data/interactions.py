@@ -312,7 +312,9 @@ def _finite(name: str, raw: NDArray[Any]) -> NDArray[Any]:
     bad = ~np.isfinite(raw.astype(np.float64))
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
-        raise DataError(f"column {name!r} holds {raw[row].item()!r}", where=f"row {row + 1}", hint="drop or mend such rows")
+        raise DataError(
+            f"column {name!r} holds {raw[row].item()!r}", where=f"row {row + 1}", hint="drop or mend such rows"
+        )
     return raw
 
 

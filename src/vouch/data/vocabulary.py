@@ -59,7 +59,9 @@ class Vocabulary:
         if ids.dtype.is_integer():
             return cls._encode_numbers(ids.cast(pl.Int64).to_numpy())
         # Categories number each distinct text once, so that the texts of the rows need not be held.
-        drawn = ids if ids.dtype == pl.Categorical else ids.cast(pl.String).cast(pl.Categorical(pl.Categories.random()))
+        drawn = ids
+        if not isinstance(ids.dtype, pl.Categorical):
+            drawn = ids.cast(pl.String).cast(pl.Categorical(pl.Categories.random()))
         distinct = drawn.unique()
         texts, labels = distinct.cast(pl.String), distinct.to_physical().to_numpy()
         numbers = texts.cast(pl.Int64, strict=False)
