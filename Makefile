@@ -33,11 +33,11 @@ check: venv  ## lint, types, layers and docs, without the tests
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/lint-imports --no-cache > .lint.tmp 2>&1 || (cat .lint.tmp; rm -f .lint.tmp; exit 1)
 	@rm -f .lint.tmp
-	@$(BIN)/mkdocs build --quiet --strict --site-dir site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
 	@echo "ruff, mypy, import layers and docs: clean"
 
 docs: venv  ## build the manual into site/
-	@$(BIN)/mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: venv  ## run every benchmark (each peer in its own environment; needs an hour)
 	@for file in benchmarks/[a-oq-z]*.py benchmarks/prepare.py; do $(BIN)/python $$file || exit 1; done

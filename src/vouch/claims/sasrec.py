@@ -100,7 +100,9 @@ class Calibration(_SASRecClaim):
     """gBCE with and without calibration."""
 
     variant = "gbce"
-    statement = "SASRec trained with gBCE at t = 0.75 has a higher test Recall@10 than at t = 0, with the same negatives."
+    statement = (
+        "SASRec trained with gBCE at t = 0.75 has a higher test Recall@10 than at t = 0, with the same negatives."
+    )
     metric = "Recall@10"
     baseline = "gBCE, t = 0"
     method = "gBCE, t = 0.75"

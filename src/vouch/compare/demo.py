@@ -23,7 +23,7 @@ from vouch.training import Run
 METHODS = ("popularity", "itemknn", "markov", "ease", "bpr", "sasrec")
 BUDGET = {
     "bpr": ("epochs=60", "patience=4", "evaluate_every=10"),
-    "sasrec": ("epochs=15", "patience=3", "evaluate_every=3", "max_length=30", "num_layers=1", "hidden_size=64"),
+    "sasrec": ("epochs=40", "patience=3", "evaluate_every=4", "max_length=30", "num_layers=1", "hidden_size=64"),
 }
 """Short trainings, so that the demo ends within three minutes on two cores."""
 

@@ -10,9 +10,8 @@ import pytest
 
 from vouch import evaluate, method, split
 from vouch.data import Queries
-from vouch.data.world import World, WorldConfig, build, write_log
+from vouch.data.world import World, WorldConfig, build, text, write_log
 from vouch.data.world import config as world_config
-from vouch.data.world import text
 from vouch.data.world.events import make_events
 from vouch.data.world.items import BRANDS, CATEGORIES, CONSUMABLE, make_items
 from vouch.data.world.users import make_users
