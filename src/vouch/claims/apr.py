@@ -78,7 +78,8 @@ class WorstIsWorse(_PairClaim):
 
     variant = "direction"
     statement = (
-        "Moving every BPR vector by 1 along the gradient costs at least 3 times the NDCG@100 of a random move as long."
+        "For BPR, moving every vector by 1 along the gradient costs at least 3 times the NDCG@100 of a random move "
+        "as long."
     )
     metric = "share of NDCG@100 lost by BPR at eps 1"
     effect = "share lost along the gradient, less 3 x the share lost in a random direction"
