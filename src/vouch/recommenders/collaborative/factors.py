@@ -33,7 +33,7 @@ class FactorConfig(TrainConfig):
 
     hidden_size: int = setting(64, "length of the user and item vectors", ge=1)
     epochs: int = setting(300, "most passes over the training pairs", ge=1)
-    batch_size: int = setting(2048, "pairs of one batch; the loss is their sum", ge=1)
+    batch_size: int = setting(8192, "pairs of one batch; the loss is their sum", ge=1)
     learning_rate: float = setting(0.05, "Adagrad's step size", gt=0, search=Span(0.01, 0.2, log=True))
     regularization: float = setting(
         0.0, "weight of the squared norms of the vectors in a triple", ge=0, search=Span(1e-4, 1e-1, log=True)
