@@ -95,5 +95,7 @@ def judge(
         )
     trained = [slug for slug in others if slug not in simple]
     if best in simple and trained:
-        sentence += f" A method without training beats {', '.join(names[slug] for slug in trained)} here."
+        beaten = [names[slug] for slug in trained if slug not in tied]
+        sentence += " It needs no training"
+        sentence += f", and beats {', '.join(beaten)}, which do." if beaten else "; no method that does is ahead of it."
     return Verdict(best, not tied, sentence, tied, against)
