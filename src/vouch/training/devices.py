@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vouch.errors import ConfigError
 from vouch.training.run import Run
@@ -38,7 +38,6 @@ def make_fabric(run: Run) -> Any:
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         environment = TorchElasticEnvironment()
-        # A step of an alternating scheme uses some of the parameters only.
         strategy = DDPStrategy(find_unused_parameters=True)
         settings = {"devices": local, "num_nodes": world // local, "strategy": strategy}
     precision: Any = "bf16-mixed" if use_bf16(run.precision, accelerator) else "32-true"
@@ -92,6 +91,31 @@ def to_device(batch: Any, device: torch.device) -> Any:
         moved = {field.name: to_device(getattr(batch, field.name), device) for field in dataclasses.fields(batch)}
         return dataclasses.replace(batch, **moved)
     return batch
+
+
+def share_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, fabric: Any) -> None:
+    """Make `optimizer.step` average all gradients over the processes first, and start from the first one's weights.
+
+    For steps of any shape: DDP, which does it within the backward pass, must see each forward pass followed by one
+    backward pass through all that it returned. Does nothing in a single process.
+    """
+    if fabric.world_size == 1:
+        return
+    for tensor in model.state_dict().values():
+        torch.distributed.broadcast(tensor, 0)
+
+    def average(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        # A process without targets in its share may lack gradients that others have.
+        there = torch.tensor([parameter.grad is not None for parameter in parameters], device=fabric.device).float()
+        there = fabric.all_reduce(there, reduce_op="sum")
+        for parameter, count in zip(parameters, there.tolist(), strict=True):
+            if count:
+                found = parameter.grad
+                grad = torch.zeros_like(parameter) if found is None else found.to_dense()
+                parameter.grad = fabric.all_reduce(grad, reduce_op="mean")
+
+    optimizer.register_step_pre_hook(average)
 
 
 def seed_of(*numbers: int) -> int:

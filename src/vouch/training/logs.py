@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import warnings
@@ -49,8 +50,7 @@ class TrainingLog:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._close()
         if self._mlflow is not None:
             self._mlflow.end("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
 
@@ -65,9 +65,16 @@ class TrainingLog:
                 self._file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
                 self._file.flush()
             except OSError as error:
+                self._close()
                 raise self._explain(error) from error
         if self._mlflow is not None:
             self._mlflow.write(rows)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # every write was flushed: all that can be left is what failed
+                self._file.close()
+            self._file = None
 
     def _explain(self, error: OSError) -> StorageError:
         return StorageError(

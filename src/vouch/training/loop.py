@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vouch.errors import ConfigError, StorageError, TrainingError, did_you_mean
 from vouch.training.checkpoints import HEADER, load_checkpoint, save_checkpoint
-from vouch.training.devices import make_fabric, seed_of, seeded, to_device
+from vouch.training.devices import make_fabric, seed_of, seeded, share_gradients, to_device
 from vouch.training.logs import TrainingLog
 from vouch.training.progress import ProgressBar
 from vouch.training.run import FitReport, Run, TrainConfig
@@ -84,8 +84,8 @@ def fit(
         optimizer: AdamW over all parameters by default.
         step: replaces loss, backward and optimizer step, for alternating and adversarial schemes:
             `step(model, batch, optimizer, fabric) -> dict[str, Tensor]` of what to log. It computes losses within
-            `fabric.autocast()` and calls `fabric.backward`; parameters without a gradient are left alone, so one
-            optimizer (with groups) serves several players.
+            `fabric.autocast()`, and `optimizer.step()` averages the gradients over the processes; parameters without
+            a gradient are left alone, so one optimizer (with groups) serves several players.
         validate: gives metrics, of which a higher `config.monitor` is better; called with the model in evaluation
             mode, without gradients, on the first process only.
         schedule: factor on the learning rate at each step, counted from 0.
@@ -123,9 +123,11 @@ class _Loop:
         self.raw, self.batches, self.config, self.run, self.fabric = model, batches, config, run, fabric
         self.validate, self.schedule, self.step = validate, schedule, step or self._plain_step
         self.first, self.world = fabric.global_rank == 0, fabric.world_size
-        self.model = fabric.setup_module(model)
-        if hasattr(model, "loss"):
+        if step is None:
+            self.model = fabric.setup_module(model)
             self.model.mark_forward_method("loss")  # so that DDP sees it
+        else:
+            self.model = model.to(fabric.device)
         if optimizer is None:
             optimizer = torch.optim.AdamW(
                 model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -134,6 +136,8 @@ class _Loop:
             slots.update(
                 {name: value if name == "step" else to_device(value, fabric.device) for name, value in slots.items()}
             )
+        if step is not None:
+            share_gradients(model, optimizer, fabric)
         self.raw_optimizer, self.optimizer = optimizer, fabric.setup_optimizers(optimizer)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.folder = None if run.path is None else Path(run.path) / "checkpoints"
