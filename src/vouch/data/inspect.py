@@ -12,6 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from vouch.data.dataset import Dataset
+from vouch.data.gini import gini
 from vouch.data.interactions import Interactions
 from vouch.data.vocabulary import Vocabulary
 
@@ -83,7 +84,7 @@ def inspect(dataset: Dataset) -> Inspection:
         "users_with_one_row": int((lengths == 1).sum()),
         "share_of_top_1_percent_items": _top_share(counts, 0.01),
         "share_of_top_10_percent_items": _top_share(counts, 0.1),
-        "popularity_gini": round(_gini(counts), 4),
+        "popularity_gini": round(gini(counts), 4),
         "repeated_user_item_pairs": repeats,
         "identical_rows": exact,
         "columns": [name for name in ("time", "value", "scenario", "domain") if getattr(log, name) is not None],
@@ -250,12 +251,6 @@ def _ranges(edges: tuple[int, ...]) -> list[str]:
 
 def _top_share(descending: NDArray[np.float64], part: float) -> float:
     return round(float(descending[: max(1, round(len(descending) * part))].sum() / descending.sum()), 4)
-
-
-def _gini(descending: NDArray[np.float64]) -> float:
-    """Gini coefficient of item counts: 0 if all are equal, towards 1 if one item has everything."""
-    n, total = len(descending), descending.sum()
-    return float((n + 1 - 2 * np.arange(1, n + 1)) @ descending / (n * total))
 
 
 def _plain(value: Any) -> str:

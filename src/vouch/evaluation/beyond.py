@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vouch.data import Catalog, Interactions, Queries
+from vouch.data.gini import gini
 from vouch.errors import ConfigError, DataError
 from vouch.evaluation.metrics import Metric, distinct
 
@@ -116,15 +117,6 @@ def _running_mean(values: NDArray[np.float64], lists: NDArray[np.int64]) -> NDAr
     filled = lists >= 0
     with np.errstate(invalid="ignore"):
         return np.where(filled, values[lists], 0.0).cumsum(1) / filled.cumsum(1)
-
-
-def gini(counts: NDArray[np.float64]) -> float:
-    """The Gini coefficient of non-negative counts: 0 for equal ones, `1 - 1/n` when one holds all."""
-    ascending = np.sort(np.asarray(counts, dtype=np.float64))
-    n, total = len(ascending), ascending.sum()
-    if total == 0:
-        return 0.0
-    return float((2 * np.arange(1, n + 1) - n - 1) @ ascending / (n * total))
 
 
 class _Distance:

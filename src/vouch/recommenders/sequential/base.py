@@ -6,7 +6,7 @@ at every real position. Shapes: `B` batch, `T` positions, `D` hidden size, `N` i
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ class SequenceConfig(TrainConfig):
     patience: int = setting(15, "validations without a better value before training stops", ge=1)
 
 
-class SequenceEncoder(nn.Module):
+class SequenceEncoder(nn.Module, ABC):
     """Turns histories into vectors. A subclass sets `item`, an embedding with the rows `[padding, items..., extra...]`.
 
     Attributes:
@@ -74,9 +74,9 @@ class SequenceEncoder(nn.Module):
         self.n_items = n_items
         self.register_parameter("bias", None)
 
+    @abstractmethod
     def forward(self, items_BT: Tensor, lengths: Tensor) -> Tensor:
         """Vectors `(B, T, D)` of left-aligned codes `(B, T)`: -1 after the end, `MASK` where hidden."""
-        raise NotImplementedError
 
     def rows(self, items_BT: Tensor) -> Tensor:
         """Rows of the item table: padding 0, items `code + 1`, hidden `N + 1`."""
