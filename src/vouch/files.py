@@ -67,7 +67,8 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     except OSError as error:
         raise _explain(error, path) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may not even be one
+            aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -275,7 +275,7 @@ def test_in_batch_softmax_estimates_the_full_one() -> None:
     target = torch.multinomial(q, 6000, replacement=True)
     hidden = vectors(6000, D, scale=0.5)
     full = F.cross_entropy(hidden @ items.T, target)
-    assert losses.in_batch_softmax(hidden, items, target, log_q=q.log()).item() == pytest.approx(full.item(), abs=0.02)
+    assert losses.in_batch_softmax(hidden, items, target, log_q=q.log()).item() == pytest.approx(full.item(), abs=0.05)
     at_full = torch.autograd.grad(full, items)[0]
     apart = []
     for log_q in (q.log(), None):

@@ -69,12 +69,14 @@ def parse_device(name: str) -> tuple[str, int | None]:
 
 
 def use_bf16(precision: str, accelerator: str) -> bool:
-    """Whether to train in bfloat16 with float32 master weights; `auto` says yes where the hardware multiplies in it."""
+    """Whether to train in bfloat16 with float32 master weights.
+
+    `auto` says yes on a GPU that multiplies in it. On a CPU it says no even where there are matrix units: training is
+    then up to three times faster and as good on large logs, but small models were seen to lose by it.
+    """
     if precision != "auto":
         return precision == "bf16"
-    if accelerator == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return False
+    return accelerator == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -181,7 +181,7 @@ class _Loop:
             return "patience"
         if self.state.epoch >= self.config.epochs:
             return "finished"
-        if self.run.max_seconds is not None and self.state.seconds >= self.run.max_seconds:
+        if self.run.max_seconds is not None and self.state.epoch and self.state.seconds >= self.run.max_seconds:
             return "time"
         return None
 
