@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import logging
@@ -45,7 +46,16 @@ def make_fabric(run: Run) -> Any:
         warnings.filterwarnings("ignore", message=".*available but not used.*")
         fabric = Fabric(accelerator=accelerator, precision=precision, plugins=[environment], **settings)
         fabric.launch()
+    if fabric.world_size > 1:
+        atexit.unregister(_leave_group)  # once, however many trainings there are
+        atexit.register(_leave_group)
     return fabric
+
+
+def _leave_group() -> None:
+    """Leave the process group in order: its threads, still running at exit, would abort the process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def parse_device(name: str) -> tuple[str, int | None]:
