@@ -41,6 +41,7 @@ from vouch.recommenders.collaborative.factors import (
 )
 from vouch.registry import Card, register
 from vouch.training import FitReport, Run, fit, seeded
+from vouch.training.devices import parse_device
 
 TINY = 1e-12
 
@@ -96,10 +97,8 @@ class APR(FactorRecommender):
         batches = Triples(split.train, config.batch_size, negatives=config.dns)
         first: FitReport | None = None
         with seeded(run.seed):
-            self.factors = Factors(split.train.n_users, split.train.n_items, config.hidden_size, config.init_std)
-            if start is not None:
-                self.factors.load_state_dict(start.state_dict())
-            else:
+            self.begin(split.train, start)
+            if start is None:
                 aside = replace(run, path=None if run.path is None else run.path / "pretrain")
                 first = self._phase(split, batches, aside, "none", config.epochs)
         self._gram = None
@@ -116,7 +115,8 @@ class APR(FactorRecommender):
 
     def _phase(self, split: Split, batches: Triples, run: Run, adversary: str, epochs: int) -> FitReport:
         """One phase with a fresh optimizer."""
-        generator = torch.Generator().manual_seed(run.seed)
+        kind, index = parse_device(run.device)
+        generator = torch.Generator(kind if index is None else f"{kind}:{index}").manual_seed(run.seed)
 
         def step(model: Any, batch: Any, optimizer: torch.optim.Optimizer, fabric: Any) -> dict[str, Tensor]:
             return self._step(batch, optimizer, fabric, adversary, generator)
@@ -132,7 +132,7 @@ class APR(FactorRecommender):
             batches,
             config=self.config.updated({"epochs": epochs}),
             run=run,
-            optimizer=adagrad(self.factors, self.config.learning_rate, self.config.batch_size),
+            optimizer=adagrad(self.factors, self.config, run),
             step=step,
             validate=validate,
         )
@@ -143,14 +143,18 @@ class APR(FactorRecommender):
     ) -> dict[str, Tensor]:
         user, positive, negatives = batch
         config = self.config
-        touched = Touched.by(self.factors, user, positive, hardest(self.factors, user, negatives))
-        p = self.factors.user.index_select(0, touched.users)
-        q = self.factors.item.index_select(0, touched.items)
+        shared = fabric.world_size > 1
+        touched = Touched.by(self.factors, user, positive, hardest(self.factors, user, negatives), whole=shared)
+        p, q = touched.rows(self.factors)
         loss, grad_p, grad_q = bpr_gradient(p, q, touched)
         logged = {"loss": loss / len(user)}
         if adversary != "none" and config.adversarial_weight:
             if adversary == "gradient":
-                delta_p, delta_q = worst_change(grad_p, grad_q, config.eps, config.norm)
+                # The change is that of the global batch, whichever process holds the triples.
+                all_p, all_q = grad_p, grad_q
+                if shared:
+                    all_p, all_q = (fabric.all_reduce(grad.clone(), reduce_op="sum") for grad in (grad_p, grad_q))
+                delta_p, delta_q = worst_change(all_p, all_q, config.eps, config.norm)
             else:
                 # Rows outside the batch are in no loss of it, so only the touched ones need to be drawn.
                 delta_p, delta_q = (random_change(table, config.eps, generator) for table in (p, q))
@@ -224,7 +228,7 @@ def robustness(
     everything = Touched(
         torch.arange(len(factors.user)), torch.arange(len(factors.item)), user, positive, negative[:, 0]
     )
-    p, q = factors.user.detach(), factors.item.detach()
+    p, q = factors.user.detach().cpu(), factors.item.detach().cpu()
     _, grad_p, grad_q = bpr_gradient(p, q, everything)
     generator = torch.Generator().manual_seed(seed)
     noise_p, noise_q = random_change(p, 1.0, generator), random_change(q, 1.0, generator)

@@ -56,15 +56,13 @@ class BPR(FactorRecommender):
         run, config = run or Run(), self.config
         self.prepare(split.train)
         with seeded(run.seed):
-            self.factors = Factors(split.train.n_users, split.train.n_items, config.hidden_size, config.init_std)
-            if start is not None:
-                self.factors.load_state_dict(start.state_dict())
+            self.begin(split.train, start)
             report = fit(
                 self.factors,
                 Triples(split.train, config.batch_size),
                 config=config,
                 run=run,
-                optimizer=adagrad(self.factors, config.learning_rate, config.batch_size),
+                optimizer=adagrad(self.factors, config, run),
                 step=self._step,
                 validate=lambda: self.validation(split, config.monitor),
             )
@@ -75,7 +73,7 @@ class BPR(FactorRecommender):
     def _step(self, model: Any, batch: Any, optimizer: torch.optim.Optimizer, fabric: Any) -> dict[str, Tensor]:
         user, positive, negative = batch
         touched = Touched.by(self.factors, user, positive, negative[:, 0])
-        p, q = self.factors.user.index_select(0, touched.users), self.factors.item.index_select(0, touched.items)
+        p, q = touched.rows(self.factors)
         loss, grad_p, grad_q = bpr_gradient(p, q, touched)
         if self.config.regularization:
             more_p, more_q = penalty_gradient(p, q, touched, self.config.regularization)
@@ -87,11 +85,12 @@ class BPR(FactorRecommender):
 def apply_gradient(
     factors: Factors, touched: Touched, grad_p: Tensor, grad_q: Tensor, optimizer: torch.optim.Optimizer, fabric: Any
 ) -> None:
-    """Hang the rows' gradients on the tables, summed over processes, and make one step."""
+    """Hang the rows' gradients on the tables and make one step.
+
+    The step averages gradients over processes; the loss is a sum over the global batch, hence the factor.
+    """
+    if fabric.world_size > 1:
+        grad_p, grad_q = grad_p * fabric.world_size, grad_q * fabric.world_size
     factors.user.grad = Rows(touched.users, grad_p).onto(factors.user)
     factors.item.grad = Rows(touched.items, grad_q).onto(factors.item)
-    if fabric.world_size > 1:
-        for table in (factors.user, factors.item):
-            assert table.grad is not None
-            table.grad = fabric.all_reduce(table.grad.to_dense(), reduce_op="sum")
     optimizer.step()

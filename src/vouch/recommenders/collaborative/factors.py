@@ -17,13 +17,19 @@ from torch import Tensor, nn
 
 from vouch.config import Span, setting
 from vouch.data import Interactions, Queries, Split
+from vouch.data.queries import right_aligned
 from vouch.errors import DataError
 from vouch.evaluation import evaluate
 from vouch.recommenders.base import Recommender
-from vouch.training import NegativeSampler, TrainConfig
+from vouch.training import NegativeSampler, Run, TrainConfig
+from vouch.training.devices import parse_device
 
 SLAB = 1 << 20
 """Positives whose negatives are drawn in one go."""
+BLOCK_CELLS = 1 << 18
+"""Vector elements handled at once on a CPU: temporaries of 1 MiB stay in the cache and need no fresh pages."""
+FOLD_CELLS = 1 << 24
+"""Elements of padded histories, or of their normal equations, held at once when folding in."""
 DENSE_SHARE = 16
 """A gradient is kept as rows when the table has this many times more rows than the batch touches."""
 
@@ -116,15 +122,23 @@ class Touched:
     j: Tensor
 
     @classmethod
-    def by(cls, factors: Factors, user: Tensor, positive: Tensor, negative: Tensor) -> Touched:
-        """Coalesce triples `(B,)` each."""
-        users, u = _distinct(user, len(factors.user))
-        items, both = _distinct(torch.cat([positive, negative]), len(factors.item))
+    def by(cls, factors: Factors, user: Tensor, positive: Tensor, negative: Tensor, *, whole: bool = False) -> Touched:
+        """Coalesce triples `(B,)` each; `whole` takes all rows, so that several processes have the same."""
+        users, u = _distinct(user, len(factors.user), whole)
+        items, both = _distinct(torch.cat([positive, negative]), len(factors.item), whole)
         return cls(users, items, u, both[: len(u)], both[len(u) :])
 
+    def rows(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """The touched rows `(Ru, D)` and `(Ri, D)` of both tables; a table taken whole is not copied."""
+        p, q = (
+            table.detach() if len(index) == len(table) else table.detach().index_select(0, index)
+            for table, index in ((factors.user, self.users), (factors.item, self.items))
+        )
+        return p, q
 
-def _distinct(codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    if size <= 4 * len(codes):
+
+def _distinct(codes: Tensor, size: int, whole: bool) -> tuple[Tensor, Tensor]:
+    if whole or size <= 4 * len(codes):
         return torch.arange(size, device=codes.device), codes
     return torch.unique(codes, return_inverse=True)
 
@@ -138,14 +152,20 @@ def bpr_gradient(p: Tensor, q: Tensor, t: Touched) -> tuple[Tensor, Tensor, Tens
     Returns:
         The loss, the gradient of `p`, the gradient of `q`; a row's gradient sums over all its triples.
     """
-    pu = p.index_select(0, t.u)  # (B, D)
-    difference = q.index_select(0, t.i) - q.index_select(0, t.j)  # (B, D)
-    margin = torch.linalg.vecdot(pu, difference)
-    slope = -torch.sigmoid(-margin).unsqueeze(1)  # d loss / d margin
-    grad_p = torch.zeros_like(p).index_add_(0, t.u, slope * difference)
-    pull = slope * pu
-    grad_q = torch.zeros_like(q).index_add_(0, t.i, pull).index_add_(0, t.j, pull, alpha=-1)
-    return F.softplus(-margin).sum(), grad_p, grad_q
+    grad_p, grad_q = torch.zeros_like(p), torch.zeros_like(q)
+    loss = p.new_zeros(())
+    block = max(1, BLOCK_CELLS // p.shape[1]) if p.device.type == "cpu" else max(1, len(t.u))
+    for u, i, j in zip(t.u.split(block), t.i.split(block), t.j.split(block), strict=True):
+        pu, difference = p.index_select(0, u), q.index_select(0, i)  # (block, D)
+        difference -= q.index_select(0, j)
+        margin = torch.linalg.vecdot(pu, difference)
+        loss += F.softplus(-margin).sum()
+        slope = torch.sigmoid(-margin).neg_().unsqueeze(1)  # d loss / d margin
+        grad_p.index_add_(0, u, difference.mul_(slope))
+        pull = pu.mul_(slope)
+        grad_q.index_add_(0, i, pull)
+        grad_q.index_add_(0, j, pull.neg_())
+    return loss, grad_p, grad_q
 
 
 def penalty_gradient(p: Tensor, q: Tensor, t: Touched, weight: float) -> tuple[Tensor, Tensor]:
@@ -155,38 +175,55 @@ def penalty_gradient(p: Tensor, q: Tensor, t: Touched, weight: float) -> tuple[T
     return 2 * weight * times_p * p, 2 * weight * times_q * q
 
 
-def adagrad(factors: Factors, learning_rate: float, batch_size: int) -> torch.optim.Optimizer:
+def adagrad(factors: Factors, config: FactorConfig, run: Run) -> torch.optim.Optimizer:
     """Adagrad with its accumulators at 0.1, as in the published code of APR."""
-    dense = all(len(table) <= DENSE_SHARE * batch_size for table in (factors.user, factors.item))
-    extra = {"fused": True} if dense and factors.user.device.type == "cpu" else {}
+    learning_rate = config.learning_rate
+    dense = all(len(table) <= DENSE_SHARE * config.batch_size for table in (factors.user, factors.item))
+    extra = {"fused": True} if dense and parse_device(run.device)[0] == "cpu" else {}  # a fused step takes no rows
     return torch.optim.Adagrad(factors.parameters(), lr=learning_rate, initial_accumulator_value=0.1, **extra)
 
 
 class FactorRecommender(Recommender):
     """What a recommender over `Factors` does once it is trained.
 
-    A known user is scored with the learned vector; its history only excludes items. A history of an unseen user is
-    folded in: the vector that minimises `sum_history (1 - p.q)^2 + w sum_all (p.q)^2 + ridge |p|^2` over fixed item
-    vectors, as in weighted least squares for implicit feedback, solved in closed form. Its length does not matter for
-    the ranking.
+    A user of the training log is scored with the learned vector; the history only excludes items. The history of any
+    other user is folded in: the vector that minimises `sum_history (1 - p.q)^2 + w sum_all (p.q)^2 + ridge |p|^2` over
+    fixed item vectors, as in weighted least squares for implicit feedback, solved in closed form. Its length does not
+    matter for the ranking.
     """
 
     factors: Factors
     FOLD_WEIGHT = 0.05
     _gram: Tensor | None = None  # (D, D) of the weighted sum over all items, kept while the factors stay
 
+    def begin(self, train: Interactions, start: Factors | None) -> None:
+        """Fresh factors, or a copy of `start`. Users without a training pair have, and keep, the zero vector."""
+        config = self.config
+        self.factors = Factors(train.n_users, train.n_items, config.hidden_size, config.init_std)
+        if start is not None:
+            self.factors.load_state_dict(start.state_dict())
+        with torch.no_grad():
+            self.factors.user[torch.from_numpy(train.lengths == 0)] = 0.0
+
     def score(self, queries: Queries) -> Tensor:
-        """Products of the query vectors and the item vectors."""
-        return self.query_vectors(queries) @ self.item_vectors().T
+        """Products of the query vectors and the item vectors; popularity for a user nothing is known of."""
+        vectors = self.query_vectors(queries)
+        scores = vectors @ self.item_vectors().T
+        blank = ~vectors.any(dim=1)
+        if blank.any():
+            assert self.popularity is not None
+            scores[blank] = torch.from_numpy(self.popularity).to(scores)
+        return scores
 
     def query_vectors(self, queries: Queries) -> Tensor:
-        """`(B, D)`: learned vectors of known users, folded-in vectors of bare histories."""
+        """`(B, D)`: learned vectors of the users of the training log, folded-in histories of others."""
         user = torch.from_numpy(queries.user.astype(np.int64))
         table = self.factors.user.detach()
-        vectors = table[user.clamp(min=0)].clone()
-        unseen = np.flatnonzero(queries.user < 0)
-        if len(unseen):
-            vectors[torch.from_numpy(unseen)] = self._fold_in(queries, unseen)
+        vectors = table[user.clamp(min=0).to(table.device)]
+        vectors[(user < 0).to(table.device)] = 0.0
+        fold = np.flatnonzero(~vectors.any(dim=1).cpu().numpy() & (queries.lengths > 0))
+        if len(fold):
+            vectors[torch.from_numpy(fold).to(table.device)] = self._fold_in(queries, fold)
         return vectors
 
     def item_vectors(self) -> Tensor:
@@ -198,19 +235,18 @@ class FactorRecommender(Recommender):
         size = items.shape[1]
         if self._gram is None:
             gram = self.FOLD_WEIGHT * items.T @ items
-            self._gram = gram + 1e-3 * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(size)
-        out = items.new_zeros(len(rows), size)
-        for first in range(0, len(rows), 512):  # (512, D, D) systems at once
-            part = rows[first : first + 512]
-            histories = [queries.history(int(row)) for row in part]
-            owner = torch.from_numpy(np.repeat(np.arange(len(part)), [len(history) for history in histories]))
-            vectors = items[torch.from_numpy(np.concatenate([*histories, np.zeros(0, np.int32)]).astype(np.int64))]
-            right = items.new_zeros(len(part), size).index_add_(0, owner, vectors)
-            left = self._gram.repeat(len(part), 1, 1)
-            for rows_at_once in torch.arange(len(vectors)).split(1 << 14):
-                outer = vectors[rows_at_once].unsqueeze(2) * vectors[rows_at_once].unsqueeze(1)
-                left.index_add_(0, owner[rows_at_once], outer)
-            out[first : first + 512] = torch.linalg.solve(left, right)
+            self._gram = gram + 1e-3 * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(size).to(gram)
+        out = items.new_empty(len(rows), size)
+        start, stop = queries.offsets[rows], queries.offsets[rows + 1]
+        cells = size * max(size, int((stop - start).max()))  # of one row, padded
+        block = max(1, FOLD_CELLS // cells)
+        for first in range(0, len(rows), block):
+            part = slice(first, first + block)
+            codes = right_aligned(queries.item, start[part], stop[part], len(queries.item), fill=-1)  # (b, T)
+            code = torch.from_numpy(codes.astype(np.int64)).to(items.device)
+            padded = items[code.clamp(min=0)] * (code >= 0).unsqueeze(2)  # (b, T, D)
+            left = torch.baddbmm(self._gram, padded.transpose(1, 2), padded)
+            out[part] = torch.linalg.solve(left, padded.sum(1))
         return out
 
     def validation(self, split: Split, monitor: str) -> dict[str, float]:

@@ -36,6 +36,9 @@ class MarkovConfig(Config):
         search=Choice(("counts", "sqrt", "probability")),
     )
     successors: int = setting(1000, "most frequent successors kept for each item", ge=1)
+    smoothing: float = setting(
+        0.0, "score of the most popular item, added in proportion to popularity: ranks what never followed", ge=0
+    )
 
 
 def transitions(log: Interactions, window: int = 1) -> sp.csr_matrix:
@@ -77,8 +80,12 @@ class Markov(Recommender):
         return FitReport(seconds=time.perf_counter() - begin)
 
     def score(self, queries: Queries) -> Tensor:
-        """Decayed sum of the history's transition rows."""
-        return score_by(queries, self.next, self.config.decay)
+        """Decayed sum of the history's transition rows, plus the smoothing."""
+        scores = score_by(queries, self.next, self.config.decay)
+        if self.config.smoothing:
+            assert self.popularity is not None
+            scores += self.config.smoothing * torch.from_numpy(self.popularity / max(1.0, self.popularity.max()))
+        return scores
 
     def similarities(self, items: NDArray[np.int64]) -> Tensor:
         """How often each item followed the given ones: rows of the transition matrix."""
