@@ -164,7 +164,7 @@ def apr_with(factors: Factors, **settings: Any) -> APR:
 
 def test_the_step_is_the_gradient_of_the_sum_with_the_change_held_fixed(factors: Factors, triples: Any) -> None:
     user, i, j = triples
-    batch = (user, i, j.unsqueeze(1))
+    batch = (user, i, j.unsqueeze(1), B)
     got = one_step(apr_with(factors, eps=0.4, adversarial_weight=0.7), batch, "gradient")
     delta_p, delta_q = worst_change(*gradient_rows(factors, triples), eps=0.4)
     p, q = factors.user.detach().clone().requires_grad_(), factors.item.detach().clone().requires_grad_()
@@ -175,7 +175,7 @@ def test_the_step_is_the_gradient_of_the_sum_with_the_change_held_fixed(factors:
 
 def test_without_length_the_gradient_is_that_of_bpr_times_one_plus_lambda(factors: Factors, triples: Any) -> None:
     user, i, j = triples
-    batch = (user, i, j.unsqueeze(1))
+    batch = (user, i, j.unsqueeze(1), B)
     plain = one_step(apr_with(factors), batch, "none")
     still = one_step(apr_with(factors, eps=0.0, adversarial_weight=0.7), batch, "gradient")
     for a, b in zip(plain, still, strict=True):
@@ -239,7 +239,7 @@ def test_triples_hold_every_pair_once_and_no_known_negative(made: Split) -> None
     batches = Triples(made.train, 32, negatives=3)
     pairs = []
     known = {(u, int(i)) for u in range(made.train.n_users) for i in made.train.history(u)}
-    for user, item, negative in batches.epoch(np.random.default_rng(0), 0, 1):
+    for user, item, negative, _ in batches.epoch(np.random.default_rng(0), 0, 1):
         pairs += list(zip(user.tolist(), item.tolist(), strict=True))
         assert not known & {(u, j) for u, row in zip(user.tolist(), negative.tolist(), strict=True) for j in row}
     assert sorted(pairs) == sorted(known)

@@ -141,13 +141,13 @@ class APR(FactorRecommender):
     def _step(
         self, batch: Any, optimizer: torch.optim.Optimizer, fabric: Any, adversary: str, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        user, positive, negatives = batch
+        user, positive, negatives, size = batch
         config = self.config
-        shared = fabric.world_size > 1
+        shared, share = fabric.world_size > 1, fabric.world_size / size
         touched = Touched.by(self.factors, user, positive, hardest(self.factors, user, negatives), whole=shared)
         p, q = touched.rows(self.factors)
         loss, grad_p, grad_q = bpr_gradient(p, q, touched)
-        logged = {"loss": loss / len(user)}
+        logged = {"loss": loss * share}  # its mean over processes is that over triples
         if adversary != "none" and config.adversarial_weight:
             if adversary == "gradient":
                 # The change is that of the global batch, whichever process holds the triples.
@@ -161,7 +161,7 @@ class APR(FactorRecommender):
             changed, changed_p, changed_q = bpr_gradient(p + delta_p, q + delta_q, touched)
             grad_p = grad_p + config.adversarial_weight * changed_p
             grad_q = grad_q + config.adversarial_weight * changed_q
-            logged["adversarial_loss"] = changed / len(user)
+            logged["adversarial_loss"] = changed * share
         if config.regularization:
             more_p, more_q = penalty_gradient(p, q, touched, config.regularization)
             grad_p, grad_q = grad_p + more_p, grad_q + more_q
@@ -223,7 +223,7 @@ def robustness(
         the clean value.
     """
     triples = Triples(split.train, max(1, len(split.train)))
-    ((user, positive, negative),) = triples.epoch(np.random.default_rng(seed), 0, 1)
+    ((user, positive, negative, _),) = triples.epoch(np.random.default_rng(seed), 0, 1)
     factors = model.factors
     everything = Touched(
         torch.arange(len(factors.user)), torch.arange(len(factors.item)), user, positive, negative[:, 0]

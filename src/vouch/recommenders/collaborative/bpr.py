@@ -71,7 +71,7 @@ class BPR(FactorRecommender):
 
     @torch.no_grad()
     def _step(self, model: Any, batch: Any, optimizer: torch.optim.Optimizer, fabric: Any) -> dict[str, Tensor]:
-        user, positive, negative = batch
+        user, positive, negative, size = batch
         touched = Touched.by(self.factors, user, positive, negative[:, 0])
         p, q = touched.rows(self.factors)
         loss, grad_p, grad_q = bpr_gradient(p, q, touched)
@@ -79,7 +79,7 @@ class BPR(FactorRecommender):
             more_p, more_q = penalty_gradient(p, q, touched, self.config.regularization)
             grad_p, grad_q = grad_p + more_p, grad_q + more_q
         apply_gradient(self.factors, touched, grad_p, grad_q, optimizer, fabric)
-        return {"loss": loss / len(user)}
+        return {"loss": loss * fabric.world_size / size}  # its mean over processes is that over triples
 
 
 def apply_gradient(
@@ -91,6 +91,7 @@ def apply_gradient(
     """
     if fabric.world_size > 1:
         grad_p, grad_q = grad_p * fabric.world_size, grad_q * fabric.world_size
-    factors.user.grad = Rows(touched.users, grad_p).onto(factors.user)
-    factors.item.grad = Rows(touched.items, grad_q).onto(factors.item)
+    dense = any(group.get("fused") for group in optimizer.param_groups)  # a last batch may be short
+    factors.user.grad = Rows(touched.users, grad_p).onto(factors.user, dense=dense)
+    factors.item.grad = Rows(touched.items, grad_q).onto(factors.item, dense=dense)
     optimizer.step()

@@ -49,6 +49,10 @@ class FactorConfig(TrainConfig):
     init_std: float = setting(0.01, "standard deviation of the initial vectors (normal, cut at two of them)", gt=0)
 
 
+Batch = tuple[Tensor, Tensor, Tensor, int]
+"""Users `(B,)`, positives `(B,)`, negatives `(B, n)`, and the triples of the global batch, `B` in a single process."""
+
+
 class Factors(nn.Module):
     """User vectors `(U, D)` and item vectors `(N, D)`; no biases."""
 
@@ -73,8 +77,8 @@ class Triples:
     def __len__(self) -> int:
         return math.ceil(len(self.log) / self.batch_size)
 
-    def epoch(self, generator: np.random.Generator, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches of users `(B,)`, positives `(B,)` and negatives `(B, n)`; the last may be shorter."""
+    def epoch(self, generator: np.random.Generator, rank: int, world: int) -> Iterator[Batch]:
+        """This process's share of each batch; the last batch may be shorter, and a share of it empty."""
         order = generator.permutation(len(self.log))
         slab = max(1, SLAB // self.batch_size) * self.batch_size
         for start in range(0, len(order), slab):
@@ -87,7 +91,7 @@ class Triples:
                     if world > 1
                     else slice(first, first + self.batch_size)
                 )
-                yield user[mine], item[mine], drawn[mine]
+                yield user[mine], item[mine], drawn[mine], len(user[first : first + self.batch_size])
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,11 @@ class Rows:
     index: Tensor
     values: Tensor
 
-    def onto(self, table: nn.Parameter) -> Tensor:
-        """As a gradient of the whole table: dense, or sparse where few of many rows are touched."""
+    def onto(self, table: nn.Parameter, *, dense: bool = False) -> Tensor:
+        """As a gradient of the whole table; unless `dense`, sparse where few of many rows are touched."""
         if len(table) == len(self.index):
             return self.values
-        if len(table) > DENSE_SHARE * len(self.index):
+        if not dense and len(table) > DENSE_SHARE * len(self.index):
             return torch.sparse_coo_tensor(
                 self.index.unsqueeze(0), self.values, table.shape, is_coalesced=True, check_invariants=False
             )
