@@ -257,6 +257,62 @@ def test_a_bare_history_is_answered_like_the_user_who_has_it(made: Split) -> Non
     assert float(bare[known].mean()) > float(bare[~known].mean()) + 2 * float(bare[~known].std()) / 3
 
 
+def test_folding_in_solves_its_least_squares(made: Split) -> None:
+    model = BPR(epochs=30, batch_size=64, hidden_size=8, patience=30)
+    model.fit(made, Run(seed=0))
+    q = model.item_vectors().double().numpy()
+    ridge = 1e-3 * model.FOLD_WEIGHT * (q**2).sum() / 8
+    histories = [[3], [4, 9, 1, 4], list(range(25))]
+    vectors = model.query_vectors(Queries.from_histories(histories)).numpy()
+    for history, vector in zip(histories, vectors, strict=True):
+        # One row of the regression for each history item, one for each item of all, one for each element.
+        rows = np.concatenate([q[history], np.sqrt(model.FOLD_WEIGHT) * q, np.sqrt(ridge) * np.eye(8)])
+        wanted = np.concatenate([np.ones(len(history)), np.zeros(len(q) + 8)])
+        np.testing.assert_allclose(vector, np.linalg.lstsq(rows, wanted, rcond=None)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_users_without_training_pairs_are_folded_in_or_get_what_is_popular() -> None:
+    """A temporal split leaves users in the vocabulary of whom nothing was learned."""
+    random = np.random.default_rng(3)
+    early = np.concatenate([random.choice(30, 10, replace=False) for _ in range(40)])
+    users = np.concatenate([np.repeat(np.arange(40), 10), np.full(6, 77)])
+    log = Interactions.from_arrays(users, np.concatenate([early, np.arange(6)]), time=np.r_[np.arange(400), 400:406])
+    made = split(Dataset.of(log), "temporal", valid_share=0.1, test_share=0.1)
+    late = log.users.code(77)
+    assert made.train.lengths[late] == 0
+    model = APR(epochs=5, adversarial_epochs=5, batch_size=64, hidden_size=8, monitor="NDCG@10")
+    model.fit(made, Run(seed=0))
+    assert not model.factors.user[late].any()
+    histories = [[2, 5], [2, 5], []]
+    known = model.score(Queries.from_histories(histories, user=np.array([late, -1, late])))
+    torch.testing.assert_close(known[0], known[1])
+    assert known[2].tolist() == made.train.item_counts.tolist()
+
+
+def test_rows_are_trained_as_whole_tables_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables too large to touch whole, with a regulariser: sparse steps give what dense ones give."""
+    random = np.random.default_rng(4)
+    log = Interactions.from_arrays(np.repeat(np.arange(300), 5), random.integers(0, 400, 1500))
+    made = split(Dataset.of(log))
+    settings: dict[str, Any] = {"batch_size": 8, "hidden_size": 4, "init_std": 0.5, "regularization": 0.1}
+    tables = []
+    for share in (16, 10**6):
+        monkeypatch.setattr("vouch.recommenders.collaborative.factors.DENSE_SHARE", share)
+        model = BPR(epochs=2, evaluate_every=2, **settings)
+        model.fit(made, Run(seed=0, device="cpu"))
+        tables.append(model.factors.item.detach())
+    torch.testing.assert_close(*tables, rtol=1e-4, atol=1e-5)
+
+
+def test_a_vector_that_is_no_number_stops_training_and_is_located(made: Split) -> None:
+    broken = Factors(made.train.n_users, made.train.n_items, 8)
+    with torch.no_grad():
+        broken.item[made.train.item[0]] = torch.nan
+    model = APR(adversarial_epochs=2, batch_size=64, hidden_size=8, monitor="NDCG@10")
+    with pytest.raises(TrainingError, match="epoch 1, step"):
+        model.fit(made, Run(seed=0), start=broken)
+
+
 def test_bad_settings_and_impossible_data_are_named() -> None:
     with pytest.raises(ConfigError, match="eps"):
         APR(eps=-1.0)

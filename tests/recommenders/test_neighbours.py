@@ -100,6 +100,14 @@ def test_markov_matches_counting(made: Split, window: int, normalize: str) -> No
     np.testing.assert_allclose(scores, expected[9] + 0.5 * expected[4], rtol=1e-5)
 
 
+def test_smoothing_ranks_what_never_followed_by_popularity(made: Split) -> None:
+    model = fit("markov", made, smoothing=1e-3)
+    plain = fit("markov", made).score(Queries.from_histories([[4, 9]]))[0].numpy()
+    scores = model.score(Queries.from_histories([[4, 9]]))[0].numpy()
+    counts = np.bincount(made.train.item, minlength=made.train.n_items)
+    np.testing.assert_allclose(scores - plain, 1e-3 * counts / counts.max(), atol=1e-6)
+
+
 def test_ease_solves_its_problem(made: Split) -> None:
     """Equation 8 by a plain inverse, and the optimum: no small change with a zero diagonal lowers the loss."""
     model = fit("ease", made, regularization=5.0)

@@ -94,4 +94,5 @@ def apply_gradient(
     dense = any(group.get("fused") for group in optimizer.param_groups)  # a last batch may be short
     factors.user.grad = Rows(touched.users, grad_p).onto(factors.user, dense=dense)
     factors.item.grad = Rows(touched.items, grad_q).onto(factors.item, dense=dense)
-    optimizer.step()
+    with torch.sparse.check_sparse_tensor_invariants(False):  # said aloud, or PyTorch warns
+        optimizer.step()
