@@ -1,7 +1,8 @@
 """BPR-MF against implicit's on ML-100K (64 factors, two threads), and the fitting times of EASE and item-kNN.
 
-Both train on the same pairs. Seconds an epoch are the median of the epochs after the first. Targets: within 2 times
-of implicit; EASE and item-kNN under a second.
+Both train on the same pairs, in turn, three times; a round's seconds an epoch are the median of its epochs after the
+first, and the best round of each counts, as other programs can only add to it. Targets: within 2 times of implicit;
+EASE and item-kNN under a second.
 
     VOUCH_DATA=FOLDER python benchmarks/bpr.py
 """
@@ -25,6 +26,7 @@ from vouch.recommenders.collaborative.itemknn import ItemKNN
 from vouch.training import Run
 
 EPOCHS = 60
+ROUNDS = 3
 
 
 def main() -> None:
@@ -39,23 +41,24 @@ def main() -> None:
         fits[kind.card.slug] = time.perf_counter() - begin
         print(f"{kind.card.name}: fitted in {fits[kind.card.slug]:.2f} s")
     model = BPR(epochs=EPOCHS, evaluate_every=EPOCHS, hidden_size=64)
-    report = model.fit(made, Run(seed=0, device="cpu"))
-    # The last epoch holds the validation.
-    ours = median(row["seconds"] for row in report.history[1:-1])
+    ours, theirs = [], []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "log.npz"
         np.savez(path, user=made.train.user, item=made.train.item)
-        theirs = run_peer("implicit", "peer_implicit_bpr.py", path, EPOCHS, env={"OPENBLAS_NUM_THREADS": "1"})
-    ratio = ours / theirs["seconds"]
-    print(
-        f"BPR-MF: {ours * 1000:.1f} ms an epoch, implicit {theirs['seconds'] * 1000:.1f} ms: {ratio:.2f} times its time"
-    )
+        for _ in range(ROUNDS):
+            report = model.fit(made, Run(seed=0, device="cpu"))
+            ours.append(median(row["seconds"] for row in report.history[1:-1]))  # the last holds the validation
+            peer = run_peer("implicit", "peer_implicit_bpr.py", path, EPOCHS, env={"OPENBLAS_NUM_THREADS": "1"})
+            theirs.append(peer["seconds"])
+    ratio = min(ours) / min(theirs)
+    print(f"BPR-MF: {min(ours) * 1000:.1f} ms an epoch, implicit {min(theirs) * 1000:.1f}: {ratio:.2f} times its time")
     result = {
         "target": 2.0,
         "met": ratio <= 2.0,
-        "seconds": ours,
-        "implicit_seconds": theirs["seconds"],
+        "seconds": min(ours),
+        "implicit_seconds": min(theirs),
         "ratio": ratio,
+        "rounds": {"seconds": ours, "implicit_seconds": theirs},
     }
     write_result("bpr", {**result, "fit_seconds": fits, "epochs": EPOCHS, "batch_size": model.config.batch_size})
 
