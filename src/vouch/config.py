@@ -69,17 +69,25 @@ class Config(BaseModel):
 
     @classmethod
     def parse(cls, assignments: Iterable[str]) -> Self:
-        """Build from `key=value` texts, as given to `--set`.
+        """Build from `key=value` texts, as given to `--set`; `key+=value` adds to a list.
 
         Raises:
             ConfigError: a text has no `=`, or names an unknown setting, or its value does not fit.
         """
         values: dict[str, Any] = {}
         for text in assignments:
-            key, equals, value = text.partition("=")
-            if not equals or not key.strip():
+            key, equals, value = (part.strip() for part in text.partition("="))
+            if not equals or not key.rstrip("+"):
                 raise ConfigError(f"{text!r} is not of the form key=value", hint="for example --set epochs=20")
-            values[key.strip()] = None if value.strip().lower() in ("none", "null") else value.strip()
+            given: Any = None if value.lower() in ("none", "null") else value
+            name = key.rstrip("+").strip()
+            default = cls.model_fields[name].default if name in cls.model_fields else None
+            if isinstance(default, tuple | list):
+                given = [part.strip() for part in value.split(",") if part.strip()]
+                given = [*values.get(name, default), *given] if key.endswith("+") else given
+            elif key.endswith("+"):
+                raise ConfigError(f"{text!r} adds to {name!r}, which is no list", hint=f"--set {name}={value}")
+            values[name] = given
         return cls(**values)
 
     def updated(self, values: Mapping[str, Any]) -> Self:

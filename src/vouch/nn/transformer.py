@@ -6,7 +6,8 @@ causal mask alone keeps real positions from seeing padding, and no row of the at
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,37 @@ from vouch.errors import ConfigError
 from vouch.nn.dropout import Dropout, dropout
 
 Variant = Literal["original", "pre", "post"]
+
+
+@dataclass
+class Context:
+    """One pass through an encoder: what its attention may look at beside the hidden vectors, and what it leaves behind.
+
+    Attributes:
+        rows: int64 `(B, T)` rows of the item table, 0 at padding. lengths: int64 `(B,)`.
+        attack: whether the attention shall also give a second, attacked branch (where it has one).
+        last_layer: whether the block that runs now is the last.
+        shared: what the attention kind computed once for all layers of this pass.
+        second: the second branch's output `(B, T, D)`; a block takes mixed values here and leaves its output.
+        notes: tensors by name that an objective reads afterwards, one a layer.
+    """
+
+    rows: Tensor | None = None
+    lengths: Tensor | None = None
+    attack: bool = False
+    last_layer: bool = False
+    shared: Any = None
+    second: Tensor | None = None
+    notes: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def note(self, name: str, value: Tensor) -> None:
+        """Leave a tensor of this layer."""
+        self.notes.setdefault(name, []).append(value)
+
+
+def allowed(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """The bool mask of an attention, true where a key may be seen; `None` stands for a causal `(T, T)`."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril() if mask is None else mask
 
 
 class SelfAttention(nn.Module):
@@ -39,8 +71,11 @@ class SelfAttention(nn.Module):
         self.key_value = nn.Linear(hidden_size, 2 * hidden_size)
         self.out = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, query_BTD: Tensor, memory_BTD: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend; `mask` is bool, true where a key may be seen, or None for a causal mask."""
+    def forward(
+        self, query_BTD: Tensor, memory_BTD: Tensor, mask: Tensor | None, context: Context | None = None
+    ) -> Tensor:
+        """Attend; `mask` is bool, true where a key may be seen, or None for a causal mask. Ignores the context."""
+        del context
         B, T, D = query_BTD.shape
         q = self.query(query_BTD).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, D/H)
         kv = self.key_value(memory_BTD).view(B, T, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -54,9 +89,7 @@ class SelfAttention(nn.Module):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """Attention `(B, H, T, D/H)` written out, with dropout of the attention weights."""
-    T = q.shape[-2]
-    if mask is None:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    mask = allowed(mask, q.shape[-2], q.device)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)
     return dropout(weights, p) @ v
@@ -70,11 +103,20 @@ class Block(nn.Module):
     - `post`: `LN(x + f(x))`; gelu, inner size 4 D.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float, variant: Variant) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        dropout: float,
+        variant: Variant,
+        *,
+        attention: nn.Module | None = None,
+        inner_size: int | None = None,
+    ) -> None:
         super().__init__()
-        inner = hidden_size if variant == "original" else 4 * hidden_size
+        inner = inner_size or (hidden_size if variant == "original" else 4 * hidden_size)
         self.variant = variant
-        self.attention = SelfAttention(hidden_size, num_heads, dropout)
+        self.attention = SelfAttention(hidden_size, num_heads, dropout) if attention is None else attention
         self.attention_norm = nn.LayerNorm(hidden_size, eps=1e-8)
         self.feed_norm = nn.LayerNorm(hidden_size, eps=1e-8)
         self.expand = nn.Linear(hidden_size, inner)
@@ -87,23 +129,37 @@ class Block(nn.Module):
             return self.dropout(self.contract(self.dropout(F.relu(self.expand(x_BTD)))))
         return self.dropout(self.contract(F.gelu(self.expand(x_BTD))))
 
-    def forward(self, x_BTD: Tensor, mask: Tensor | None) -> Tensor:
-        """One block; `mask` as in `SelfAttention`."""
+    def finish(self, x_BTD: Tensor, mixed_BTD: Tensor) -> Tensor:
+        """What follows the attention: residuals, norms, feed-forward layer. `x_BTD` is what the residual carries."""
         if self.variant == "original":
-            query = self.attention_norm(x_BTD)
-            x_BTD = query + self.attention(query, x_BTD, mask)
-            x_BTD = self.feed_norm(x_BTD)
+            x_BTD = self.feed_norm(x_BTD + mixed_BTD)
             return x_BTD + self.feed(x_BTD)
         if self.variant == "pre":
-            normal = self.attention_norm(x_BTD)
-            x_BTD = x_BTD + self.dropout(self.attention(normal, normal, mask))
+            x_BTD = x_BTD + self.dropout(mixed_BTD)
             return x_BTD + self.feed(self.feed_norm(x_BTD))
-        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, x_BTD, mask)))
+        x_BTD = self.attention_norm(x_BTD + self.dropout(mixed_BTD))
         return self.feed_norm(x_BTD + self.feed(x_BTD))
+
+    def forward(self, x_BTD: Tensor, mask: Tensor | None, context: Context | None = None) -> Tensor:
+        """One block; `mask` as in `SelfAttention`."""
+        query = x_BTD if self.variant == "post" else self.attention_norm(x_BTD)
+        memory = x_BTD if self.variant == "original" else query
+        residual = query if self.variant == "original" else x_BTD
+        mixed = self.attention(query, memory, mask, context)
+        if context is not None and context.second is not None:
+            context.second = self.finish(residual, context.second)
+        return self.finish(residual, mixed)
 
 
 class Transformer(nn.Module):
-    """Positions counted from the most recent item, blocks, and a last norm where the arrangement has one."""
+    """Positions counted from the most recent item, blocks, and a last norm where the arrangement has one.
+
+    Args:
+        attention: an attention kind: `layer()` gives one block's attention, a call with the context what all blocks
+            share in a pass; its `positions` says whether position vectors are added to the input.
+        positions: whether they are, where the attention is the plain one.
+        inner_size: of the feed-forward layers; 4 D unless given (D for `original`).
+    """
 
     def __init__(
         self,
@@ -114,27 +170,50 @@ class Transformer(nn.Module):
         max_length: int,
         dropout: float,
         variant: Variant = "pre",
+        attention: Any = None,
+        positions: bool = True,
+        inner_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.variant, self.max_length = variant, max_length
-        self.position = nn.Embedding(max_length, hidden_size)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, dropout, variant) for _ in range(num_layers))
+        self.variant, self.max_length, self.attention = variant, max_length, attention
+        positions = positions if attention is None else attention.positions
+        self.position = nn.Embedding(max_length, hidden_size) if positions else None
+        self.blocks = nn.ModuleList(
+            Block(
+                hidden_size,
+                num_heads,
+                dropout,
+                variant,
+                attention=None if attention is None else attention.layer(),
+                inner_size=inner_size,
+            )
+            for _ in range(num_layers)
+        )
         self.norm = nn.LayerNorm(hidden_size, eps=1e-8)  # first for `post`, last for the others
         self.dropout = Dropout(dropout)
 
-    def forward(self, x_BTD: Tensor, lengths: Tensor, *, causal: bool = True) -> Tensor:
+    def forward(self, x_BTD: Tensor, lengths: Tensor, *, causal: bool = True, context: Context | None = None) -> Tensor:
         """Encode left-aligned vectors `(B, T, D)` of sequences of `lengths` `(B,)`, at most `max_length`."""
-        T = x_BTD.shape[1]
-        place = torch.arange(T, device=x_BTD.device)
-        age = (lengths.unsqueeze(1) - 1 - place).clamp(min=0)  # 0 is the most recent
+        place = torch.arange(x_BTD.shape[1], device=x_BTD.device)
         if self.variant == "original":
             x_BTD = x_BTD * x_BTD.shape[-1] ** 0.5
-        x_BTD = x_BTD + self.position(age)
+        if self.position is not None:
+            age = (lengths.unsqueeze(1) - 1 - place).clamp(min=0)  # 0 is the most recent
+            x_BTD = x_BTD + self.position(age)
         x_BTD = self.dropout(self.norm(x_BTD) if self.variant == "post" else x_BTD)
         mask = None if causal else (place < lengths.unsqueeze(1))[:, None, None, :]
-        for block in self.blocks:
-            x_BTD = block(x_BTD, mask)
-        return x_BTD if self.variant == "post" else self.norm(x_BTD)
+        context = context or Context()
+        context.lengths = lengths
+        if self.attention is not None:
+            context.shared = self.attention(context)
+        for i, block in enumerate(self.blocks):
+            context.last_layer = i == len(self.blocks) - 1
+            x_BTD = block(x_BTD, mask, context)
+        if self.variant == "post":
+            return x_BTD
+        if context.second is not None:
+            context.second = self.norm(context.second)
+        return self.norm(x_BTD)
 
 
 def init_weights(module: nn.Module, std: float = 0.02) -> None:

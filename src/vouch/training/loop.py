@@ -78,6 +78,7 @@ def fit(
 
     Args:
         model: has `loss(batch) -> dict[str, Tensor]` of named scalars; their sum is minimised, and logged as `loss`.
+            Where it has `begin_epoch(number)`, that is called before each epoch, counted from 1.
         batches: see `Batches`.
         config: epochs, learning rate, early stopping.
         run: seed, device, precision, folder for checkpoints and log, resume.
@@ -192,6 +193,9 @@ class _Loop:
         moves = self.fabric.device.type != "cpu"
         losses = _Losses(self.fabric, log, number, state.step)
         self.model.train()
+        begin_epoch: Callable[[int], None] | None = getattr(self.raw, "begin_epoch", None)
+        if begin_epoch is not None:
+            begin_epoch(number)
         for batch in self.batches.epoch(np.random.default_rng([self.run.seed, number]), rank, self.world):
             if self.schedule is not None:
                 for group, rate in zip(self.raw_optimizer.param_groups, self.rates, strict=True):

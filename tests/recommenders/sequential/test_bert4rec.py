@@ -12,7 +12,6 @@ import torch
 from vouch.data import Queries, Split
 from vouch.errors import ConfigError
 from vouch.evaluation import evaluate
-from vouch.recommenders.sequential.base import Objective
 from vouch.recommenders.sequential.batches import MASK, SequenceBatch
 from vouch.recommenders.sequential.bert4rec import BERT4Rec, BERT4RecEncoder
 from vouch.training import Run
@@ -82,12 +81,13 @@ def test_ranks_share_each_global_batch(made: Split) -> None:
 
 
 def test_shown_positions_give_no_loss(made: Split) -> None:
-    encoder = network()
-    batch = batches(made)[0]
-    hidden = encoder(batch.items, batch.lengths)
+    model = BERT4Rec(hidden_size=16, max_length=8, batch_size=16, loss="ce")
+    objective = model.begin(made)
+    batch = next(iter(model.batches(made.train).epoch(np.random.default_rng(0), 0, 1)))
+    hidden = objective.encoder(batch.items, batch.lengths)
     hidden.retain_grad()
-    encoder.forward = lambda items, lengths: hidden  # type: ignore[method-assign, assignment]
-    Objective(encoder, "ce").loss(batch)["loss"].backward()
+    objective.encoder.forward = lambda items, lengths, context: hidden  # type: ignore[method-assign, assignment]
+    objective.loss(batch)["next"].backward()
     assert hidden.grad is not None
     used = hidden.grad.abs().sum(-1) > 0
     assert torch.equal(used, batch.items == MASK)
@@ -139,7 +139,7 @@ def test_head_and_bias() -> None:
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
-    factor = BERT4Rec(warmup_share=0.1).schedule(100)
+    factor = BERT4Rec(warmup_share=0.1).schedule(100, 10)
     values = [factor(step) for step in range(100)]
     assert values[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert values[10] == 1.0 and all(a > b for a, b in itertools.pairwise(values[10:]))

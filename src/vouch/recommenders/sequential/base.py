@@ -1,32 +1,39 @@
-"""What sequential recommenders share: an encoder of histories, an objective at every position, and how they rank.
+"""What sequential recommenders share: an encoder of histories, named losses at its output, and how they rank.
 
-A method is an encoder (`SequenceEncoder`) with its settings. The objective is one of the losses of `vouch.nn.losses`,
-at every real position. Shapes: `B` batch, `T` positions, `D` hidden size, `N` items, `n` targets.
+A method is an encoder (`SequenceEncoder`) with an attention kind, an augmentation and an objective, a sum of named
+losses; see `parts`. Shapes: `B` batch, `T` positions, `D` hidden size, `K` interests, `N` items, `n` targets.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vouch.config import Choice, Span, setting
+from vouch.config import Choice, SettingRow, Span, setting
 from vouch.data import Interactions, Queries, Split
 from vouch.data.queries import flat_rows
 from vouch.errors import ConfigError
 from vouch.evaluation import evaluate
 from vouch.nn import losses
+from vouch.nn.transformer import Context
 from vouch.recommenders.base import Recommender
-from vouch.recommenders.sequential.batches import MASK, SequenceBatch, SequenceBatches
+from vouch.recommenders.sequential import parts
+from vouch.recommenders.sequential.batches import MASK, Draw, SequenceBatch, SequenceBatches
+from vouch.recommenders.sequential.parts import Attention, Setup, Term
 from vouch.training import FitReport, NegativeSampler, Run, TrainConfig, fit, seeded
 
 ENCODE_TOKENS = 1 << 13
 """Positions encoded at once when scoring."""
-SHARED = ("sampled_softmax", "gbce", "top1", "bpr_max")
+FACTS = "facts."
+"""Marks tensors of a saved model that were not learned."""
+SHARED = ("sampled_softmax", "hard_softmax", "gbce", "top1", "bpr_max")
 """Losses whose negatives are drawn once a batch and shared by its targets."""
 
 PAIRWISE: dict[str, Callable[..., Tensor]] = {
@@ -36,25 +43,114 @@ PAIRWISE: dict[str, Callable[..., Tensor]] = {
     "bpr_max": losses.bpr_max,
 }
 
-Loss = Literal["auto", "ce", "sampled_softmax", "gbce", "bce", "bpr", "top1", "bpr_max"]
+Loss = Literal["auto", "ce", "sampled_softmax", "hard_softmax", "gbce", "bce", "bpr", "top1", "bpr_max"]
 
 
 class SequenceConfig(TrainConfig):
-    """Settings of every sequential recommender."""
+    """Settings of every sequential recommender.
+
+    Settings of a part are written `SLUG.NAME`, as in `SASRec(attention="actsr", **{"actsr.penalty": 0.03})`, and kept
+    in `parts`; a method's own defaults for its parts stay where they are not given.
+    """
 
     hidden_size: int = setting(64, "length of the item and query vectors", ge=2, search=Choice((32, 64, 128)))
     max_length: int = setting(50, "most recent history items that are read", ge=2)
     dropout: float = setting(0.5, "share of activations dropped in training", ge=0, lt=1, search=Span(0.1, 0.6))
-    loss: Loss = setting("auto", "objective at every position; auto is ce up to 5,000 items, else sampled_softmax")
+    attention: str = setting("plain", "attention kind of the transformer")
+    augment: str = setting("none", "how other views of a history are made")
+    objective: tuple[str, ...] = setting(("next",), "losses that are added up; += adds one")
+    parts: dict[str, dict[str, Any]] = setting({}, "settings of the parts, written SLUG.NAME=VALUE")
+    loss: Loss = setting("auto", "next-item loss at every position; auto is ce up to 5,000 items, else sampled_softmax")
     negatives: int = setting(1024, "items drawn for the losses that sample (bce and bpr always draw 1)", ge=1)
     negatives_by: Literal["uniform", "popularity"] = setting(
         "uniform", "how they are drawn; popularity draws by count ** 0.75 and corrects the softmax for it"
     )
     calibration: float = setting(0.75, "for gbce: t, 0 is plain BCE, 1 gives calibrated probabilities", ge=0, le=1)
+    hardness: float = setting(1.0, "for hard_softmax: how much near negatives count; 0 is the plain softmax", ge=0)
     every_window: bool = setting(True, "learn from all of a long history, not only its last max_length events")
+    min_history: int = setting(1, "events that must come before one that is learned from", ge=1)
     epochs: int = setting(200, "most passes over the training log", ge=1)
     batch_size: int = setting(128, "histories of one batch", ge=1)
     patience: int = setting(15, "validations without a better value before training stops", ge=1)
+
+    def __init__(self, **values: Any) -> None:
+        plain = {name: value for name, value in values.items() if "." not in name}
+        chosen = {name: plain.get(name, type(self).model_fields[name].default) for name in CHOICES}
+        used = _used(**chosen)
+        own = type(self).model_fields["parts"].default
+        settings = {slug: dict(given) for slug, given in own.items() if slug in used}
+        for slug, given in (plain.pop("parts", None) or {}).items():
+            settings.setdefault(slug, {}).update(given)
+        for name, value in values.items():
+            slug, dot, inner = name.partition(".")
+            if dot:
+                settings.setdefault(slug, {})[inner] = value
+        for slug, given in settings.items():
+            kind = parts.settings_class(slug)
+            if slug not in used:
+                raise ConfigError(
+                    f"there are settings for {slug!r}, which this model does not use",
+                    hint=f"set attention, augment or objective+= to it; in use: {', '.join(used)}",
+                )
+            kind(**given)
+        super().__init__(**{**plain, "parts": settings})
+
+    def used_parts(self) -> list[str]:
+        """Slugs of all parts in use, `next` among them."""
+        return _used(self.attention, self.augment, self.objective)
+
+    def terms(self) -> list[str]:
+        """The objective, with what the other parts bring."""
+        return _terms(self.attention, self.augment, self.objective)
+
+    def part(self, slug: str) -> Any:
+        """The settings of a part."""
+        return parts.settings_class(slug)(**self.parts.get(slug, {}))
+
+    @classmethod
+    def rows(cls) -> list[SettingRow]:
+        """The settings table, with those of the parts that the method uses by default."""
+        default = {name: cls.model_fields[name].default for name in (*CHOICES, "parts")}
+        found = [row for row in super().rows() if row.name != "parts"]
+        for slug in _used(**{name: default[name] for name in CHOICES}):
+            own = default["parts"].get(slug, {})
+            for row in parts.settings_class(slug).rows():
+                found.append(replace(row, name=f"{slug}.{row.name}", default=own.get(row.name, row.default)))
+        return found
+
+
+CHOICES = ("attention", "augment", "objective")
+
+
+def _terms(attention: str, augment: str, objective: Sequence[str]) -> list[str]:
+    """The objective with what the other parts bring.
+
+    Raises:
+        UnknownIdError: a part is not known. ConfigError: a loss is named twice, or the next item's is missing.
+    """
+    if isinstance(objective, str):
+        raise ConfigError(f"objective is {objective!r}", hint="it is a list of losses, for example ['next']")
+    twice = [slug for slug, count in Counter(objective).items() if count > 1]
+    if twice:
+        raise ConfigError(f"the objective names {twice[0]!r} twice", hint="a loss has a weight for that")
+    if "next" not in objective:
+        raise ConfigError("the objective has no 'next', without which nothing is recommended", hint="objective+=...")
+    named = list(objective)
+    if attention != "plain":
+        named += parts.find("attention", attention).brings
+    if augment != "none":
+        named += parts.find("augment", augment).brings
+    named = list(dict.fromkeys(named))
+    for slug in named:
+        if slug != "next":
+            parts.find("objective", slug)
+    return named
+
+
+def _used(attention: str, augment: str, objective: Sequence[str]) -> list[str]:
+    terms = _terms(attention, augment, objective)
+    chosen = [slug for slug, none in ((attention, "plain"), (augment, "none")) if slug != none]
+    return list(dict.fromkeys([*chosen, *terms]))
 
 
 class SequenceEncoder(nn.Module, ABC):
@@ -64,10 +160,14 @@ class SequenceEncoder(nn.Module, ABC):
         item: `(1 + N + extra, D)`; row `code + 1` is an item, row 0 padding, which stays zero.
         n_items: N.
         bias: `(N,)` added to the scores, or None.
+        interests: K, vectors at each position; 1 gives `(B, T, D)`, more `(B, T, K, D)`.
+        merge: how scores of several interests become one: `max` or `sum`.
     """
 
     item: nn.Embedding
     bias: nn.Parameter | None
+    interests: int = 1
+    merge: Literal["max", "sum"] = "max"
 
     def __init__(self, n_items: int) -> None:
         super().__init__()
@@ -75,12 +175,21 @@ class SequenceEncoder(nn.Module, ABC):
         self.register_parameter("bias", None)
 
     @abstractmethod
-    def forward(self, items_BT: Tensor, lengths: Tensor) -> Tensor:
-        """Vectors `(B, T, D)` of left-aligned codes `(B, T)`: -1 after the end, `MASK` where hidden."""
+    def forward(self, items_BT: Tensor, lengths: Tensor, context: Context | None = None) -> Tensor:
+        """Vectors `(B, T, D)` or `(B, T, K, D)` of left-aligned codes `(B, T)`: -1 after the end, `MASK` where hidden."""
 
     def rows(self, items_BT: Tensor) -> Tensor:
-        """Rows of the item table: padding 0, items `code + 1`, hidden `N + 1`."""
+        """Rows of the item table: padding 0, items `code + 1`, hidden the row after the last item."""
         return torch.where(items_BT == MASK, self.n_items + 1, items_BT + 1)
+
+    def embed(self, items_BT: Tensor, context: Context | None = None) -> tuple[Tensor, Context]:
+        """`(B, T, D)` of the item table, and the context with the rows in it. Hidden items without a row are zero."""
+        rows_BT = self.rows(items_BT)
+        if self.item.num_embeddings == self.n_items + 1:
+            rows_BT = rows_BT.masked_fill(items_BT == MASK, 0)
+        context = context or Context()
+        context.rows = rows_BT
+        return self.item(rows_BT), context
 
     def item_vectors(self) -> Tensor:
         """`(N, D)` vectors that the output is compared with; the input table unless a subclass keeps another."""
@@ -88,28 +197,86 @@ class SequenceEncoder(nn.Module, ABC):
 
 
 class Objective(nn.Module):
-    """An encoder with its loss at every target: what `fit` trains."""
+    """An encoder with its named losses: what `fit` trains."""
 
-    def __init__(self, encoder: SequenceEncoder, loss: str, *, calibration: float = 0.75, log_q: Tensor | None = None):
+    def __init__(self, encoder: SequenceEncoder, terms: dict[str, Term], augmentation: Any = None) -> None:
         super().__init__()
-        self.encoder, self.kind, self.calibration = encoder, loss, calibration
-        self.log_q: Tensor | None
-        self.register_buffer("log_q", log_q, persistent=False)
+        self.encoder, self.augmentation = encoder, augmentation
+        self.terms, self.networks = terms, nn.ModuleDict(terms)
+        attacks = [attack for term in terms.values() if (attack := term.attacks()) is not None]
+        self.attackers = {name: found for name, found in attacks if found}
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Tell the parts."""
+        if self.augmentation is not None:
+            self.augmentation.begin_epoch(epoch)
+        for term in self.terms.values():
+            term.begin_epoch(epoch)
 
     def loss(self, batch: SequenceBatch) -> dict[str, Tensor]:
-        """`{"loss": mean over all targets}`."""
-        hidden_BTD = self.encoder(batch.items, batch.lengths)
-        hidden = hidden_BTD.flatten(0, 1).index_select(0, batch.at)  # (n, D)
-        table, bias = self.encoder.item_vectors(), self.encoder.bias
-        target, negatives, weight = batch.target, batch.negatives, batch.weight
-        if self.kind == "ce":
-            return {"loss": losses.cross_entropy(hidden, table, target, bias=bias, weight=weight)}
-        if self.kind == "sampled_softmax":
-            return {
-                "loss": losses.sampled_softmax(
-                    hidden, table, target, negatives, log_q=self.log_q, bias=bias, weight=weight
-                )
-            }
+        """The weighted losses by name."""
+        context = Context(attack=bool(self.attackers))
+        hidden = self.encoder(batch.items, batch.lengths, context)
+        found: dict[str, Tensor] = {}
+        for term in self.terms.values():
+            found.update(term(self.encoder, hidden, batch, context))
+        return found
+
+    def draws(self) -> dict[str, Draw]:
+        """What each term draws for a batch."""
+        return {slug: term.draw for slug, term in self.terms.items()}
+
+
+def routed_step(model: Objective, batch: SequenceBatch, optimizer: Any, fabric: Any) -> dict[str, Tensor]:
+    """One optimizer step in which each attack trains its own parameters only, and the other losses all the rest."""
+    with fabric.autocast():
+        found = model.loss(batch)
+    theirs = {id(p) for group in model.attackers.values() for p in group}
+    ours = [p for p in model.parameters() if p.requires_grad and id(p) not in theirs]
+    total = torch.stack([value for name, value in found.items() if name not in model.attackers]).sum()
+    optimizer.zero_grad()
+    for loss, group in ((total, ours), *((found[name], group) for name, group in model.attackers.items())):
+        gradients = torch.autograd.grad(loss, group, retain_graph=True, allow_unused=True)
+        for parameter, gradient in zip(group, gradients, strict=True):
+            parameter.grad = gradient
+    optimizer.step()
+    return {**found, "loss": total}
+
+
+@parts.part("objective", "next", "the next item at every position, by the setting `loss`")
+class NextItem(Term):
+    """The loss of the next item. With several interests, the one nearest to the target is trained (hard read-out)."""
+
+    def __init__(self, settings: Any, setup: Setup) -> None:
+        super().__init__(settings, setup)
+        config = setup.recommender.config
+        self.loss, self.calibration, self.hardness = setup.recommender.loss_kind(), config.calibration, config.hardness
+        self.log_q: Tensor | None
+        self.register_buffer("log_q", setup.recommender.log_q(setup.split.train), persistent=False)
+
+    def forward(
+        self, encoder: SequenceEncoder, hidden_BTD: Tensor, batch: SequenceBatch, context: Context
+    ) -> dict[str, Tensor]:
+        """`{"next": mean over all targets}`."""
+        del context
+        table, target = encoder.item_vectors(), batch.target
+        hidden = hidden_BTD.flatten(0, 1).index_select(0, batch.at)  # (n, D) or (n, K, D)
+        if hidden.dim() == 3:
+            nearest = torch.einsum("nkd,nd->nk", hidden, table[target]).argmax(1)
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), nearest]
+        return {"next": self.of(encoder, hidden, table, batch)}
+
+    def of(self, encoder: SequenceEncoder, hidden: Tensor, table: Tensor, batch: SequenceBatch) -> Tensor:
+        """The chosen loss of vectors `(n, D)` against the item vectors `(N, D)`."""
+        target, negatives, weight, bias = batch.target, batch.negatives, batch.weight, encoder.bias
+        if self.loss == "ce":
+            return losses.cross_entropy(hidden, table, target, bias=bias, weight=weight)
+        if self.loss == "sampled_softmax":
+            return losses.sampled_softmax(hidden, table, target, negatives, log_q=self.log_q, bias=bias, weight=weight)
+        if self.loss == "hard_softmax":
+            return losses.hard_softmax(
+                hidden, table, target, negatives, hardness=self.hardness, log_q=self.log_q, bias=bias, weight=weight
+            )
         positive = (hidden * table[target]).sum(-1)
         shared = negatives.dim() == 1
         negative = hidden @ table[negatives].T if shared else torch.einsum("nd,nmd->nm", hidden, table[negatives])
@@ -118,44 +285,94 @@ class Objective(nn.Module):
         positive, negative = positive.float(), negative.float()
         if shared:  # they may hit a target
             negative = negative.masked_fill(negatives == target.unsqueeze(1), -torch.inf)
-        if self.kind == "gbce":
-            n_items, t = self.encoder.n_items, self.calibration
-            return {"loss": losses.gbce(positive, negative, n_items=n_items, calibration=t, weight=weight)}
-        return {"loss": PAIRWISE[self.kind](positive, negative, weight=weight)}
+        if self.loss == "gbce":
+            n_items, t = encoder.n_items, self.calibration
+            return losses.gbce(positive, negative, n_items=n_items, calibration=t, weight=weight)
+        return PAIRWISE[self.loss](positive, negative, weight=weight)
 
 
 class SequentialRecommender(Recommender):
     """Ranks items by the product of the history's last vector with every item's."""
 
     network: SequenceEncoder
+    known: dict[str, Tensor]
+    attends: ClassVar[bool] = False
+    """Whether the encoder is a transformer, whose attention kind can be chosen."""
+
+    def __init__(self, config: Any = None, **settings: Any) -> None:
+        super().__init__(config, **settings)
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse combinations that do not fit, with the reason."""
+        config, name = self.config, type(self).card.slug
+        chosen = [parts.find("objective", slug) for slug in config.terms() if slug != "next"]
+        if config.attention != "plain":
+            if not self.attends:
+                raise ConfigError(
+                    f"{name} cannot take attention={config.attention!r}: its encoder is no transformer",
+                    hint="use it with sasrec or bert4rec",
+                )
+            chosen.append(parts.find("attention", config.attention))
+        if config.augment != "none":
+            chosen.append(parts.find("augment", config.augment))
+        for part in chosen:
+            reason = part.refuses(self)
+            if reason is not None:
+                raise ConfigError(f"{name} cannot take {part.kind} {part.slug!r}: {reason}")
 
     @abstractmethod
-    def encoder(self, n_items: int) -> SequenceEncoder:
-        """A new, untrained encoder."""
+    def encoder(self, n_items: int, facts: dict[str, Tensor]) -> SequenceEncoder:
+        """A new, untrained encoder; `facts` is what `facts` gave for the training data."""
+
+    def facts(self, split: Split) -> dict[str, Tensor]:
+        """Tensors that the encoder must know of the data beside the number of items; saved with the model."""
+        if self.config.attention == "plain":
+            return {}
+        kind = parts.find("attention", self.config.attention)
+        return dict(kind.facts(self.config.part(kind.slug), split))
+
+    def attention(self, facts: dict[str, Tensor]) -> Attention | None:
+        """The attention kind for the transformer; None is the plain one."""
+        if self.config.attention == "plain":
+            return None
+        kind = parts.find("attention", self.config.attention)
+        made: Attention = kind(self.config, self.config.part(kind.slug), facts)
+        return made
 
     def fit(self, split: Split, run: Run | None = None) -> FitReport:
         """Train on all positions of all training histories.
 
         Raises:
-            DataError: no history has two events.
+            DataError: no history has two events, or the data lacks what a part needs.
         """
         run, config = run or Run(), self.config
-        self.prepare(split.train)
         with seeded(run.seed):
-            self.network = self.encoder(split.train.n_items)
-            objective = Objective(
-                self.network, self.loss_kind(), calibration=config.calibration, log_q=self._log_q(split.train)
-            )
-            batches = self.batches(split.train)
+            objective = self.begin(split)
+            batches = self.batches(split.train, objective.draws())
             return fit(
                 objective,
                 batches,
                 config=config,
                 run=run,
                 optimizer=self.optimizer(objective),
-                schedule=self.schedule(config.epochs * len(batches)),
+                schedule=self.schedule(config.epochs * len(batches), len(batches)),
+                step=routed_step if objective.attackers else None,
                 validate=lambda: evaluate(self, split.valid, metrics=[config.monitor], train=split.train).metrics,
             )
+
+    def begin(self, split: Split) -> Objective:
+        """A new encoder with the losses that the settings name, as training starts with them."""
+        config = self.config
+        self.prepare(split.train)
+        self.known = self.facts(split)
+        self.network = self.encoder(split.train.n_items, self.known)
+        setup = Setup(self, self.network, split)
+        if config.augment != "none":
+            kind = parts.find("augment", config.augment)
+            setup = replace(setup, augmentation=kind(config.part(kind.slug), setup))
+        made = {slug: parts.find("objective", slug)(config.part(slug), setup) for slug in config.terms()}
+        return Objective(self.network, {slug: term for slug, term in made.items() if term.active()}, setup.augmentation)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW with the betas that papers of this field use."""
@@ -164,9 +381,9 @@ class SequentialRecommender(Recommender):
             model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
         )
 
-    def schedule(self, steps: int) -> Any:
-        """Factor on the learning rate by step, or None."""
-        del steps
+    def schedule(self, steps: int, per_epoch: int) -> Any:
+        """Factor on the learning rate by step, or None; `steps` is how many there can be, `per_epoch` in an epoch."""
+        del steps, per_epoch
 
     def loss_kind(self) -> str:
         """The loss, with `auto` decided by the size of the catalogue."""
@@ -174,8 +391,8 @@ class SequentialRecommender(Recommender):
             return str(self.config.loss)
         return "ce" if self.n_items <= 5_000 else "sampled_softmax"
 
-    def batches(self, log: Interactions) -> Any:
-        """Next-item batches with the negatives that the loss needs."""
+    def batches(self, log: Interactions, draws: dict[str, Draw] | None = None) -> Any:
+        """Next-item batches with the negatives that the loss needs, and with what the objective draws."""
         config, kind = self.config, self.loss_kind()
         sampler = None
         if kind != "ce":
@@ -188,32 +405,38 @@ class SequentialRecommender(Recommender):
             sampler=sampler,
             negatives=min(config.negatives, log.n_items) if kind in SHARED else 1,
             shared=kind in SHARED,
+            draws=draws,
+            least=config.min_history,
         )
 
-    def _log_q(self, log: Interactions) -> Tensor | None:
+    def log_q(self, log: Interactions) -> Tensor | None:
+        """Logarithm of each item's chance to be drawn `(N,)`, or None where all are alike."""
         if self.config.negatives_by == "uniform":
             return None
-        if self.loss_kind() != "sampled_softmax":
+        if self.loss_kind() not in ("sampled_softmax", "hard_softmax"):
             raise ConfigError(
-                "negatives_by='popularity' is corrected for in sampled_softmax only", hint="set that loss"
+                "negatives_by='popularity' is corrected for in the sampled softmaxes only", hint="set such a loss"
             )
         return NegativeSampler(log, "popularity", avoid_known=False).log_q()
 
     def score(self, queries: Queries) -> Tensor:
-        """Products of query and item vectors, plus the bias where there is one."""
+        """Products of query and item vectors, merged over interests, plus the bias where there is one."""
         with torch.no_grad():
-            scores = self.query_vectors(queries) @ self.item_vectors().T
+            scores = self.query_vectors(queries) @ self.item_vectors().T  # (B, N) or (B, K, N)
+            if scores.dim() == 3:
+                scores = scores.amax(1) if self.network.merge == "max" else scores.sum(1)
             return scores if self.network.bias is None else scores + self.network.bias
 
     @torch.no_grad()
     def query_vectors(self, queries: Queries) -> Tensor:
-        """`(B, D)`: the encoder's output at the end of each history. Histories of like length are encoded together."""
+        """`(B, D)` or `(B, K, D)`: the output at the end of each history. Histories of like length go together."""
         was_training = self.network.training
         self.network.eval()
         lengths = np.minimum(queries.lengths, self.reads)
         order = np.argsort(lengths, kind="stable")
         device = self.network.item.weight.device
-        out = torch.zeros(len(queries), self.item_vectors().shape[1], device=device)
+        interests = () if self.network.interests == 1 else (self.network.interests,)
+        out = torch.zeros(len(queries), *interests, self.item_vectors().shape[1], device=device)
         first = 0
         while first < len(order):
             # The longest of a piece is its last, and the piece is padded to it: take as many as fit.
@@ -248,12 +471,14 @@ class SequentialRecommender(Recommender):
         return self.network.item_vectors().detach()
 
     def state(self) -> dict[str, Tensor]:
-        """The encoder's parameters."""
-        return dict(self.network.state_dict())
+        """The encoder's parameters, and what it must know of the data."""
+        facts = {FACTS + name: tensor for name, tensor in self.known.items()}
+        return {**dict(self.network.state_dict()), **facts}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take the parameters back."""
         assert self.items is not None
-        self.network = self.encoder(len(self.items))
-        self.network.load_state_dict(state)
+        self.known = {name.removeprefix(FACTS): tensor for name, tensor in state.items() if name.startswith(FACTS)}
+        self.network = self.encoder(len(self.items), self.known)
+        self.network.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(FACTS)})
         self.network.eval()

@@ -7,8 +7,8 @@ grouped by length so that a batch is padded to its own longest window only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vouch.data import Interactions
 from vouch.errors import DataError
+from vouch.recommenders.sequential.parts import Histories
 from vouch.training import NegativeSampler
 
 MASK = -2
@@ -33,6 +34,8 @@ class SequenceBatch(NamedTuple):
         target: int64 `(n,)` codes.
         negatives: int64 `(m,)` shared by all targets, `(n, m)` of their own, or empty.
         weight: float32 `()`: one over the targets of the whole global batch, times the number of processes.
+        user: int64 `(B,)`.
+        extra: what each objective drew for this batch, by its slug.
     """
 
     items: Tensor
@@ -41,6 +44,11 @@ class SequenceBatch(NamedTuple):
     target: Tensor
     negatives: Tensor
     weight: Tensor
+    user: Tensor
+    extra: dict[str, Any]
+
+
+Draw = Callable[[Histories, np.random.Generator], Any]
 
 
 class SequenceBatches:
@@ -52,6 +60,8 @@ class SequenceBatches:
         length: longest input.
         every_window: cut longer histories into consecutive windows; otherwise only the last is used.
         sampler, negatives, shared: draw `negatives` items for each batch (`shared`) or each target.
+        draws: what objectives draw for each batch, by their slugs.
+        least: events that a window must show before a target.
 
     Raises:
         DataError: no history has two events.
@@ -67,18 +77,25 @@ class SequenceBatches:
         sampler: NegativeSampler | None = None,
         negatives: int = 0,
         shared: bool = True,
+        draws: Mapping[str, Draw] | None = None,
+        least: int = 1,
     ) -> None:
+        self.draws, self.least = draws or {}, least
         self.log, self.batch_size, self.length = log, batch_size, length
         self.sampler, self.n, self.shared = sampler, negatives, shared
-        self.user, self.start, self.stop = windows(log, length + 1, every_window=every_window)
+        self.user, self.start, self.stop = windows(log, length + 1, every_window=every_window, least=least + 1)
         if len(self.user) == 0:
-            raise DataError("no history has two events to learn an order from", hint="check the filters and the split")
+            few = "two" if least == 1 else least + 1
+            raise DataError(
+                f"no history has {few} events to learn an order from", hint="check the filters and the split"
+            )
 
     def __len__(self) -> int:
         return math.ceil(len(self.user) / self.batch_size)
 
     def epoch(self, generator: np.random.Generator, rank: int, world: int) -> Iterator[SequenceBatch]:
         """Batches in random order; this rank takes every `world`-th window of each."""
+        apart = generator.spawn(1)[0]  # leaves this one as it is
         for rows in by_length(self.stop - self.start, self.batch_size, generator):
             mine = rows[rank::world] if world > 1 else rows
             start, stop = self.start[mine], self.stop[mine]
@@ -88,23 +105,32 @@ class SequenceBatches:
             real = place < lengths[:, None]  # (B, T)
             row = np.where(real, start[:, None] + place, 0)
             items = np.where(real, events[row], -1).astype(np.int64)
-            target = events[row[real] + 1].astype(np.int64)
-            targets = self.stop[rows] - self.start[rows] - 1
+            asked = real & (place >= self.least - 1)
+            target = events[row[asked] + 1].astype(np.int64)
+            targets = np.maximum(self.stop[rows] - self.start[rows] - self.least, 0)
             drawn = np.zeros(0, np.int64)
             if self.sampler is not None and self.shared:
                 drawn = self.sampler.draw(self.n, generator)
             elif self.sampler is not None:  # for the whole batch: all ranks must draw alike
                 drawn = self.sampler.sample(np.repeat(self.user[rows], targets), self.n, generator)
                 drawn = drawn[np.repeat(np.arange(len(rows)) % world == rank, targets)]
-            total = int(targets.sum())
+            total = max(1, int(targets.sum()))
+            histories = Histories(self.log, self.user[mine], start, stop - 1, stop)
             yield SequenceBatch(
                 torch.from_numpy(items),
                 torch.from_numpy(lengths),
-                torch.from_numpy(np.flatnonzero(real)),
+                torch.from_numpy(np.flatnonzero(asked)),
                 torch.from_numpy(target),
                 torch.from_numpy(drawn),
                 torch.tensor(world / total, dtype=torch.float32),
+                torch.from_numpy(self.user[mine]),
+                draw_all(self.draws, histories, apart),
             )
+
+
+def draw_all(draws: Mapping[str, Draw], histories: Histories, generator: np.random.Generator) -> dict[str, Any]:
+    """What each objective draws, by its slug."""
+    return {slug: drawn for slug, draw in draws.items() if (drawn := draw(histories, generator)) is not None}
 
 
 def windows(

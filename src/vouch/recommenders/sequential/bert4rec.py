@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from vouch.config import Choice, Span, setting
 from vouch.data import Interactions, Queries
 from vouch.errors import DataError
-from vouch.nn.transformer import Transformer, init_weights
+from vouch.nn.transformer import Context, Transformer, init_weights
 from vouch.recommenders.sequential.base import SequenceConfig, SequenceEncoder, SequentialRecommender
-from vouch.recommenders.sequential.batches import MASK, SequenceBatch, by_length, windows
+from vouch.recommenders.sequential.batches import MASK, Draw, SequenceBatch, by_length, draw_all, windows
+from vouch.recommenders.sequential.parts import Attention, Histories
 from vouch.registry import Card, register
 from vouch.training import NegativeSampler
 
@@ -45,7 +46,7 @@ class BERT4RecConfig(SequenceConfig):
 class BERT4RecEncoder(SequenceEncoder):
     """Item table with a mask row, bidirectional transformer, and the prediction head."""
 
-    def __init__(self, n_items: int, config: BERT4RecConfig) -> None:
+    def __init__(self, n_items: int, config: BERT4RecConfig, attention: Attention | None = None) -> None:
         super().__init__(n_items)
         self.item = nn.Embedding(n_items + 2, config.hidden_size, padding_idx=0)
         self.transformer = Transformer(
@@ -55,15 +56,23 @@ class BERT4RecEncoder(SequenceEncoder):
             max_length=config.max_length,
             dropout=config.dropout,
             variant="post",
+            attention=attention,
         )
         self.head = nn.Linear(config.hidden_size, config.hidden_size)
         self.head_norm = nn.LayerNorm(config.hidden_size, eps=1e-8)
         self.apply(init_weights)
         self.bias = nn.Parameter(torch.zeros(n_items))
 
-    def forward(self, items_BT: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, items_BT: Tensor, lengths: Tensor, context: Context | None = None) -> Tensor:
         """`(B, T, D)`; every position depends on both sides."""
-        hidden = self.transformer(self.item(self.rows(items_BT)), lengths, causal=False)
+        x_BTD, context = self.embed(items_BT, context)
+        hidden = self.transformer(x_BTD, lengths, causal=False, context=context)
+        if context.second is not None:
+            context.second = self.output(context.second)
+        return self.output(hidden)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """The prediction head."""
         return self.head_norm(F.gelu(self.head(hidden)))
 
 
@@ -71,9 +80,14 @@ class MaskedBatches:
     """Windows with hidden items; see `BERT4RecConfig` for the two ways of hiding."""
 
     def __init__(
-        self, log: Interactions, config: BERT4RecConfig, sampler: NegativeSampler | None, negatives: int
+        self,
+        log: Interactions,
+        config: BERT4RecConfig,
+        sampler: NegativeSampler | None,
+        negatives: int,
+        draws: dict[str, Draw],
     ) -> None:
-        self.log, self.config, self.sampler, self.n = log, config, sampler, negatives
+        self.log, self.config, self.sampler, self.n, self.draws = log, config, sampler, negatives, draws
         self.user, self.start, self.stop = windows(log, config.max_length, every_window=config.every_window)
         if len(self.user) == 0:
             raise DataError("no history has two events to learn from", hint="check the filters and the split")
@@ -83,6 +97,7 @@ class MaskedBatches:
 
     def epoch(self, generator: np.random.Generator, rank: int, world: int) -> Iterator[SequenceBatch]:
         """Batches in random order; this rank takes every `world`-th window of each."""
+        apart = generator.spawn(1)[0]  # leaves this one as it is
         for rows in by_length(self.stop - self.start, self.config.batch_size, generator):
             start, lengths = self.start[rows], self.stop[rows] - self.start[rows]
             place = np.arange(lengths.max())
@@ -95,6 +110,7 @@ class MaskedBatches:
             total = int(hidden.sum())
             mine = slice(rank, None, world)
             items, hidden, lengths = items[mine], hidden[mine], lengths[mine]
+            user, start, stop = self.user[rows][mine], start[mine], self.stop[rows][mine]
             target = items[hidden]
             drawn = np.zeros(0, np.int64) if self.sampler is None else self.sampler.draw(self.n, generator)
             yield SequenceBatch(
@@ -104,6 +120,8 @@ class MaskedBatches:
                 torch.from_numpy(target),
                 torch.from_numpy(drawn),
                 torch.tensor(world / total, dtype=torch.float32),
+                torch.from_numpy(user),
+                draw_all(self.draws, Histories(self.log, user, start, stop, stop), apart),
             )
 
 
@@ -122,20 +140,22 @@ class BERT4Rec(SequentialRecommender):
     """Bidirectional transformer recommendation."""
 
     Config = BERT4RecConfig
+    attends = True
 
-    def encoder(self, n_items: int) -> BERT4RecEncoder:
+    def encoder(self, n_items: int, facts: dict[str, Tensor]) -> BERT4RecEncoder:
         """A new transformer."""
-        return BERT4RecEncoder(n_items, self.config)
+        return BERT4RecEncoder(n_items, self.config, self.attention(facts))
 
-    def batches(self, log: Interactions) -> MaskedBatches:
+    def batches(self, log: Interactions, draws: dict[str, Draw] | None = None) -> MaskedBatches:
         """Windows with hidden items."""
         sampler = None
         if self.loss_kind() == "sampled_softmax":
             sampler = NegativeSampler(log, self.config.negatives_by, avoid_known=False)
-        return MaskedBatches(log, self.config, sampler, min(self.config.negatives, log.n_items))
+        return MaskedBatches(log, self.config, sampler, min(self.config.negatives, log.n_items), draws or {})
 
-    def schedule(self, steps: int) -> Callable[[int], float]:
+    def schedule(self, steps: int, per_epoch: int) -> Callable[[int], float]:
         """A linear rise, then a linear fall to zero."""
+        del per_epoch
         rise = max(1, int(self.config.warmup_share * steps))
 
         def factor(step: int) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vouch.config import Choice, setting
 from vouch.nn.dropout import Dropout
-from vouch.nn.transformer import init_weights
+from vouch.nn.transformer import Context, init_weights
 from vouch.recommenders.sequential.base import SequenceConfig, SequenceEncoder, SequentialRecommender
 from vouch.registry import Card, register
 
@@ -34,10 +34,11 @@ class GRUEncoder(SequenceEncoder):
         self.dense = nn.Linear(config.recurrent_size, config.hidden_size)
         self.apply(init_weights)
 
-    def forward(self, items_BT: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, items_BT: Tensor, lengths: Tensor, context: Context | None = None) -> Tensor:
         """`(B, T, D)`; padding comes after the end, so it needs no packing."""
         del lengths
-        hidden, _ = self.gru(self.dropout(self.item(self.rows(items_BT))))
+        x_BTD, _ = self.embed(items_BT, context)
+        hidden, _ = self.gru(self.dropout(x_BTD))
         return self.dense(self.dropout(hidden))
 
 
@@ -57,6 +58,7 @@ class GRU4Rec(SequentialRecommender):
 
     Config = GRU4RecConfig
 
-    def encoder(self, n_items: int) -> GRUEncoder:
+    def encoder(self, n_items: int, facts: dict[str, Tensor]) -> GRUEncoder:
         """A new recurrent network."""
+        del facts
         return GRUEncoder(n_items, self.config)

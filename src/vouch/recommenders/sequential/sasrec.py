@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vouch.config import Choice, setting
-from vouch.nn.transformer import Transformer, Variant, init_weights
+from vouch.nn.transformer import Context, Transformer, Variant, init_weights
 from vouch.recommenders.sequential.base import SequenceConfig, SequenceEncoder, SequentialRecommender
+from vouch.recommenders.sequential.parts import Attention
 from vouch.registry import Card, register
 
 
@@ -23,6 +24,8 @@ class SASRecConfig(SequenceConfig):
     num_layers: int = setting(2, "transformer blocks", ge=1, search=Choice((1, 2)))
     num_heads: int = setting(2, "attention heads; divides hidden_size", ge=1)
     variant: Variant = setting("post", "where the norms stand: original, pre or post")
+    inner_size: int = setting(0, "size of the feed-forward layers; 0 is 4 x hidden_size (1 x for original)", ge=0)
+    positions: bool = setting(True, "add position vectors to the input (attention kinds with their own never do)")
     tied: bool = setting(True, "one item table for input and output")
     item_bias: bool = setting(False, "a learned popularity term per item")
 
@@ -30,7 +33,7 @@ class SASRecConfig(SequenceConfig):
 class SASRecEncoder(SequenceEncoder):
     """Item table and causal transformer."""
 
-    def __init__(self, n_items: int, config: SASRecConfig) -> None:
+    def __init__(self, n_items: int, config: SASRecConfig, attention: Attention | None = None) -> None:
         super().__init__(n_items)
         self.item = nn.Embedding(n_items + 1, config.hidden_size, padding_idx=0)
         self.transformer = Transformer(
@@ -40,14 +43,18 @@ class SASRecEncoder(SequenceEncoder):
             max_length=config.max_length,
             dropout=config.dropout,
             variant=config.variant,
+            attention=attention,
+            positions=config.positions,
+            inner_size=config.inner_size or None,
         )
         self.output = None if config.tied else nn.Embedding(n_items, config.hidden_size)
         self.apply(init_weights)
         self.bias = nn.Parameter(torch.zeros(n_items)) if config.item_bias else None
 
-    def forward(self, items_BT: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, items_BT: Tensor, lengths: Tensor, context: Context | None = None) -> Tensor:
         """`(B, T, D)`; position `t` depends on items up to `t` only."""
-        return self.transformer(self.item(self.rows(items_BT)), lengths)
+        x_BTD, context = self.embed(items_BT, context)
+        return self.transformer(x_BTD, lengths, context=context)
 
     def item_vectors(self) -> Tensor:
         """The input table, or the output table where they are not tied."""
@@ -69,7 +76,8 @@ class SASRec(SequentialRecommender):
     """Self-attentive sequential recommendation."""
 
     Config = SASRecConfig
+    attends = True
 
-    def encoder(self, n_items: int) -> SASRecEncoder:
+    def encoder(self, n_items: int, facts: dict[str, Tensor]) -> SASRecEncoder:
         """A new transformer."""
-        return SASRecEncoder(n_items, self.config)
+        return SASRecEncoder(n_items, self.config, self.attention(facts))
