@@ -87,6 +87,12 @@ def apply(dataset: Dataset, filters: Filters) -> Dataset:
     return _shrink(dataset, log, {"filters": chosen, "dropped": totals})
 
 
+def keep_rows(dataset: Dataset, rows: NDArray[np.bool_], note: dict[str, Any]) -> Dataset:
+    """The dataset with some rows of its log `(n,)` only, and without the users and items that have none left."""
+    log = dataset.interactions.where(rows)
+    return _shrink(dataset, log, {"cut": note})
+
+
 def _shown(filters: Filters, why: str) -> str:
     if why == "k_core":
         return f"({filters.k_core_user} rows a user, {filters.k_core_item} rows an item)"
