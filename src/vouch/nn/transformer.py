@@ -26,6 +26,7 @@ class Context:
     Attributes:
         rows: int64 `(B, T)` rows of the item table, 0 at padding. lengths: int64 `(B,)`.
         attack: whether the attention shall also give a second, attacked branch (where it has one).
+        watch: whether attention layers shall leave their weights `(B, H, T, T)` as notes, `attention` among them.
         last_layer: whether the block that runs now is the last.
         shared: what the attention kind computed once for all layers of this pass.
         second: the second branch's output `(B, T, D)`; a block takes mixed values here and leaves its output.
@@ -35,6 +36,7 @@ class Context:
     rows: Tensor | None = None
     lengths: Tensor | None = None
     attack: bool = False
+    watch: bool = False
     last_layer: bool = False
     shared: Any = None
     second: Tensor | None = None
@@ -74,25 +76,25 @@ class SelfAttention(nn.Module):
     def forward(
         self, query_BTD: Tensor, memory_BTD: Tensor, mask: Tensor | None, context: Context | None = None
     ) -> Tensor:
-        """Attend; `mask` is bool, true where a key may be seen, or None for a causal mask. Ignores the context."""
-        del context
+        """Attend; `mask` is bool, true where a key may be seen, or None for a causal mask."""
         B, T, D = query_BTD.shape
         q = self.query(query_BTD).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, D/H)
         kv = self.key_value(memory_BTD).view(B, T, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         p = self.dropout if self.training else 0.0
+        if context is not None and context.watch:
+            context.note("attention", _weights(q, kv[0], mask, p))
         if p and q.device.type == "cpu":  # torch has no fused kernel for this case; at these lengths ours is faster
-            mixed = _attend(q, kv[0], kv[1], mask, p)
+            mixed = _weights(q, kv[0], mask, p) @ kv[1]
         else:
             mixed = F.scaled_dot_product_attention(q, kv[0], kv[1], mask, dropout_p=p, is_causal=mask is None)
         return self.out(mixed.transpose(1, 2).reshape(B, T, D))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """Attention `(B, H, T, D/H)` written out, with dropout of the attention weights."""
-    mask = allowed(mask, q.shape[-2], q.device)
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """Attention weights `(B, H, T, T)` written out, with dropout."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)
-    return dropout(weights, p) @ v
+    weights = torch.softmax(scores.masked_fill(~allowed(mask, q.shape[-2], q.device), -torch.inf), dim=-1)
+    return dropout(weights, p)
 
 
 class Block(nn.Module):
