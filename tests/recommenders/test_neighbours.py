@@ -12,8 +12,8 @@ import torch
 
 from vouch import Dataset, Interactions, Queries, evaluate, method, read, split
 from vouch.data import Split
+from vouch.data.graphs import keep_largest
 from vouch.errors import DataError
-from vouch.recommenders.history import keep_largest
 
 
 @pytest.fixture(scope="module")

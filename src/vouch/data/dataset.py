@@ -17,12 +17,16 @@ FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Interactions with the catalogue of their items and, optionally, a polars table of users (row `u` is code `u`)."""
+    """Interactions with the catalogue of their items and, optionally, a polars table of users (row `u` is code `u`).
+
+    `origin` is the folder it was opened from, if it was; what is derived from it may be kept there.
+    """
 
     interactions: Interactions
     catalog: Catalog
     users: pl.DataFrame | None = None
     name: str = "data"
+    origin: Path | None = None
 
     def __post_init__(self) -> None:
         if self.catalog.items != self.interactions.items:
@@ -73,5 +77,9 @@ class Dataset:
                 f"the table of users is damaged: {error}", where=str(path), hint="prepare the data again"
             ) from error
         return cls(
-            Interactions.open(path / "log"), Catalog.open(path / "catalog"), users, str(header.get("name", "data"))
+            Interactions.open(path / "log"),
+            Catalog.open(path / "catalog"),
+            users,
+            str(header.get("name", "data")),
+            path,
         )

@@ -139,6 +139,43 @@ def sampled_softmax(
     return mean(F.softplus(torch.logsumexp(other, dim=-1) - positive), weight)
 
 
+def hard_softmax(
+    hidden: Tensor,
+    item_vectors: Tensor,
+    target: Tensor,
+    negatives: Tensor,
+    *,
+    hardness: float,
+    log_q: Tensor | None = None,
+    bias: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Sampled softmax whose negatives count the more the nearer they are: `w_j = exp(hardness x_j)` (arXiv 2302.14532).
+
+    With scores `x`, the negatives' mass is `sum_j w_j exp(x_j) / mean_j w_j`: the estimate that draws proportional to
+    `exp(hardness x)` would give, from uniform ones. Computed as `logsumexp((1 + hardness) x) - logsumexp(hardness x)
+    + log n`. Hits on the target are left out. `hardness` 0 is `sampled_softmax`; other arguments as there.
+    """
+    positive = scores(hidden, item_vectors, target, bias).float()
+    if negatives.dim() == 1:
+        other = hidden @ item_vectors.index_select(0, negatives).T
+    else:
+        other = scores(hidden, item_vectors, negatives)
+    other = other.float()
+    if bias is not None:
+        other = other + bias[negatives]
+    if log_q is not None:
+        other = other - log_q[negatives] - math.log(negatives.shape[-1])
+    hit = negatives == target.unsqueeze(-1)
+    other = other.masked_fill(hit, -torch.inf)
+    count = torch.log((~hit).sum(-1).clamp(min=1).float())
+    # where hardness is 0, 0 * -inf would not be a number
+    importance = torch.logsumexp((hardness * other).masked_fill(hit, -torch.inf), dim=-1)
+    mass = torch.logsumexp((1 + hardness) * other, dim=-1) - importance + count
+    mass = mass.masked_fill(hit.all(-1), -torch.inf)  # no negative is left
+    return mean(F.softplus(mass - positive), weight)
+
+
 def in_batch_softmax(
     hidden: Tensor,
     item_vectors: Tensor,

@@ -32,21 +32,6 @@ def score_by(queries: Queries, similarity: Any, decay: float) -> Tensor:
     return torch.from_numpy(product.toarray().astype(np.float32, copy=False))
 
 
-def keep_largest(matrix: Any, k: int) -> Any:
-    """A CSR matrix with only the `k` largest entries of each row (the earlier column first among equals)."""
-    matrix = matrix.tocsr()
-    counts = np.diff(matrix.indptr)
-    if counts.max(initial=0) <= k:
-        return matrix
-    row = np.repeat(np.arange(matrix.shape[0]), counts)
-    order = np.lexsort((matrix.indices, -matrix.data, row))
-    place = np.arange(len(order)) - matrix.indptr[row[order]]
-    chosen = np.sort(order[place < k])
-    shape = matrix.shape
-    bounds = np.concatenate([[0], np.cumsum(np.minimum(counts, k))])
-    return sp.csr_matrix((matrix.data[chosen], matrix.indices[chosen], bounds), shape=shape)
-
-
 def pack_sparse(matrix: Any) -> dict[str, Tensor]:
     """A CSR matrix as named tensors, to save."""
     return {

@@ -9,18 +9,18 @@ frequency `w_u = 1 / log(1 + n_u)` (long histories say less about each pair) and
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vouch.config import Choice, Config, Span, setting
 from vouch.data import Queries, Split
+from vouch.data.graphs import co_occurrence
 from vouch.recommenders.base import Recommender
-from vouch.recommenders.history import keep_largest, pack_sparse, score_by, unpack_sparse
+from vouch.recommenders.history import pack_sparse, score_by, unpack_sparse
 from vouch.registry import Card, register
 from vouch.training.run import FitReport, Run
 
@@ -65,43 +65,16 @@ class ItemKNN(Recommender):
         """Build the similarity matrix, block by block of items."""
         begin = time.perf_counter()
         self.prepare(split.train)
-        users = split.train.to_csr()  # (U, N) binary
-        counts = np.asarray(users.sum(0), dtype=np.float64).ravel()
-        weighted = users
-        if self.config.inverse_user_frequency:
-            lengths = np.asarray(users.sum(1)).ravel()
-            weighted = sp.diags((1 / np.log1p(np.maximum(lengths, 1))).astype(np.float32)) @ users
-        items, users = weighted.T.tocsr(), users.tocsr()
-        blocks = [
-            keep_largest(
-                self._normalise((items[start : start + BLOCK] @ users).tocsr(), start, counts), self.config.neighbors
-            )
-            for start in range(0, len(counts), BLOCK)
-        ]
-        self.similarity = sp.vstack(blocks, format="csr")
+        config = self.config
+        self.similarity = co_occurrence(
+            split.train,
+            similarity=config.similarity,
+            alpha=config.alpha,
+            shrinkage=config.shrinkage,
+            inverse_user_frequency=config.inverse_user_frequency,
+            neighbors=config.neighbors,
+        ).matrix()
         return FitReport(seconds=time.perf_counter() - begin)
-
-    def _normalise(self, block: Any, start: int, counts: NDArray[np.float64]) -> Any:
-        """Co-occurrence of items `start..` with all, as similarities without the item itself."""
-        row = np.repeat(np.arange(start, start + block.shape[0]), np.diff(block.indptr))
-        own, other, together = counts[row], counts[block.indices], block.data.astype(np.float64)
-        match self.config.similarity:
-            case "cosine":
-                below = np.sqrt(own * other)
-            case "jaccard":
-                below = own + other - together
-            case "dice":
-                below = (own + other) / 2
-            case "asymmetric":
-                below = own**self.config.alpha * other ** (1 - self.config.alpha)
-            case _:
-                below = own
-        values = together / (below + self.config.shrinkage)
-        values[row == block.indices] = 0.0
-        block.data = values.astype(np.float32)
-        block.eliminate_zeros()
-        block.sort_indices()
-        return block
 
     def score(self, queries: Queries) -> Tensor:
         """Decayed sum of similarities to the history."""

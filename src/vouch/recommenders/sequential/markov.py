@@ -17,8 +17,9 @@ from torch import Tensor
 
 from vouch.config import Choice, Config, Span, setting
 from vouch.data import Interactions, Queries, Split
+from vouch.data.graphs import keep_largest
 from vouch.recommenders.base import Recommender
-from vouch.recommenders.history import keep_largest, pack_sparse, score_by, unpack_sparse
+from vouch.recommenders.history import pack_sparse, score_by, unpack_sparse
 from vouch.registry import Card, register
 from vouch.training.run import FitReport, Run
 
