@@ -167,13 +167,14 @@ def hard_softmax(
     if log_q is not None:
         other = other - log_q[negatives] - math.log(negatives.shape[-1])
     hit = negatives == target.unsqueeze(-1)
+    none = hit.all(-1)  # no negative is left
+    hit = hit & ~none.unsqueeze(-1)
     other = other.masked_fill(hit, -torch.inf)
-    count = torch.log((~hit).sum(-1).clamp(min=1).float())
-    # where hardness is 0, 0 * -inf would not be a number
+    count = torch.log((~hit).sum(-1).float())
+    # masked anew, as 0 * -inf would not be a number
     importance = torch.logsumexp((hardness * other).masked_fill(hit, -torch.inf), dim=-1)
     mass = torch.logsumexp((1 + hardness) * other, dim=-1) - importance + count
-    mass = mass.masked_fill(hit.all(-1), -torch.inf)  # no negative is left
-    return mean(F.softplus(mass - positive), weight)
+    return mean(F.softplus(mass.masked_fill(none, -torch.inf) - positive), weight)
 
 
 def in_batch_softmax(

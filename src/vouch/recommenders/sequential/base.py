@@ -298,6 +298,8 @@ class SequentialRecommender(Recommender):
     known: dict[str, Tensor]
     attends: ClassVar[bool] = False
     """Whether the encoder is a transformer, whose attention kind can be chosen."""
+    several_interests: ClassVar[bool] = False
+    """Whether it may give more than one vector at a position."""
 
     def __init__(self, config: Any = None, **settings: Any) -> None:
         super().__init__(config, **settings)

@@ -1,0 +1,181 @@
+"""Operators that make another history of a history: crop, mask, reorder, substitute, insert.
+
+Each works on a whole batch of ragged histories at once, and chooses where to act by the gaps in time (`minimum`,
+`maximum`) or at random. Sources: CL4SRec (arXiv 2010.14395), CoSeRec (arXiv 2108.06479), TiCoSeRec (arXiv 2212.08262).
+Shapes: `B` histories, `n` events in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vouch.data.queries import flat_rows
+from vouch.recommenders.sequential.batches import MASK
+
+Mode = Literal["minimum", "maximum", "random"]
+GRID = float(1 << 40)
+"""Variances are compared on a grid, so that equal ones are equal whatever the order of summation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """Histories end to end.
+
+    Attributes:
+        items: int64 `(n,)` codes. bounds: int64 `(B + 1,)`.
+        gaps: float64 `(n,)`, the time from each event to the next; the last one's is to the event after the history.
+    """
+
+    items: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+    gaps: NDArray[np.float64]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """`(B,)`."""
+        return np.diff(self.bounds)
+
+    @property
+    def row(self) -> NDArray[np.int64]:
+        """The history of each event `(n,)`."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+    @property
+    def place(self) -> NDArray[np.int64]:
+        """Each event's place in its history `(n,)`, from 0."""
+        return np.arange(len(self.items)) - np.repeat(self.bounds[:-1], self.lengths)
+
+    def take(self, rows: NDArray[np.int64]) -> Ragged:
+        """Some of the histories."""
+        flat, bounds = flat_rows(self.bounds[rows], self.bounds[rows + 1])
+        return Ragged(self.items[flat], bounds, self.gaps[flat])
+
+
+@dataclass(frozen=True, eq=False)
+class Similar:
+    """For each item its most similar other item `(N,)`, -1 where there is none, and how similar they are, from 0 to 1."""
+
+    item: NDArray[np.int64]
+    score: NDArray[np.float64]
+
+    def of(self, items: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
+        """A similar item for each; a random one for those that have none."""
+        found = self.item[items]
+        return np.where(found < 0, generator.integers(0, len(self.item), len(items)), found)
+
+
+def hybrid(one: Similar, other: Similar) -> Similar:
+    """For each item the candidate of the greater score; `one` among equals."""
+    better = other.score > one.score
+    return Similar(np.where(better, other.item, one.item), np.where(better, other.score, one.score))
+
+
+def portion(rate: float, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`floor(rate * n)`, exact where the product is a whole number that floats miss by a hair."""
+    return np.floor(rate * lengths + 1e-9).astype(np.int64)
+
+
+def choose(
+    histories: Ragged, count: NDArray[np.int64], mode: Mode, generator: np.random.Generator
+) -> NDArray[np.bool_]:
+    """True at `count` `(B,)` events of each history: those of the least or greatest gaps, the earlier first among
+    equals, or random ones."""
+    key = generator.random(len(histories.items)) if mode == "random" else histories.gaps
+    order = np.lexsort((histories.place, -key if mode == "maximum" else key, histories.row))
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = histories.place  # sorted by history, so places count from 0 in each
+    return rank < np.repeat(count, histories.lengths)
+
+
+def windows(
+    histories: Ragged, size: NDArray[np.int64], mode: Mode, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """First place `(B,)` of a window of `size` `(B,)` events in each history (`1 <= size <= n`): the one whose inner
+    gaps vary least or most, the latest among equals, or a random one.
+
+    The variances of all windows come from running sums of the gaps and of their squares.
+    """
+    lengths, row, place = histories.lengths, histories.row, histories.place
+    if mode == "random":
+        first: NDArray[np.int64] = generator.integers(0, lengths - size + 1)
+        return first
+    # Centred and scaled a history at a time: the variance keeps its order, and running sums their digits.
+    scaled = histories.gaps - (np.add.reduceat(histories.gaps, histories.bounds[:-1]) / lengths)[row]
+    spread = np.sqrt(np.add.reduceat(scaled**2, histories.bounds[:-1]) / lengths)
+    scaled = scaled / np.where(spread > 0, spread, 1.0)[row]
+    sums = np.concatenate([[0.0], np.cumsum(scaled)])
+    squares = np.concatenate([[0.0], np.cumsum(scaled**2)])
+    fits = np.flatnonzero(place + size[row] <= lengths[row])
+    inner = np.maximum(size[row[fits]] - 1, 1)  # a window of one event has no gap: all are equal
+    stop = fits + size[row[fits]] - 1
+    mean = (sums[stop] - sums[fits]) / inner
+    variance = np.round(((squares[stop] - squares[fits]) / inner - mean**2) * GRID)
+    order = np.lexsort((-place[fits], -variance if mode == "maximum" else variance, row[fits]))
+    best = order[np.concatenate([[0], np.cumsum(lengths - size + 1)[:-1]])]
+    return place[fits[best]]
+
+
+def crop(histories: Ragged, rate: float, mode: Mode, generator: np.random.Generator) -> Ragged:
+    """Keep a window of `floor(rate n)` events; a random single one where that is 2 or less."""
+    size = portion(rate, histories.lengths)
+    single = size <= 2
+    first = windows(histories, np.where(single, 1, size), mode, generator)
+    first = np.where(single, generator.integers(0, histories.lengths), first)
+    start = histories.bounds[:-1] + first
+    flat, bounds = flat_rows(start, start + np.where(single, 1, size))
+    return Ragged(histories.items[flat], bounds, histories.gaps[flat])
+
+
+def reorder(histories: Ragged, rate: float, mode: Mode, generator: np.random.Generator) -> Ragged:
+    """Shuffle a window of `floor(rate n)` events; windows of less than 2 stay as they are."""
+    size = portion(rate, histories.lengths)
+    first = windows(histories, np.maximum(size, 1), mode, generator)
+    place, row = histories.place, histories.row
+    inside = np.flatnonzero((place >= first[row]) & (place < (first + size)[row]))
+    source = inside[np.lexsort((generator.random(len(inside)), row[inside]))]
+    items = histories.items.copy()
+    items[inside] = histories.items[source]
+    return Ragged(items, histories.bounds, histories.gaps)
+
+
+def mask(histories: Ragged, rate: float, mode: Mode, generator: np.random.Generator) -> Ragged:
+    """Hide `floor(rate n)` events."""
+    hidden = choose(histories, portion(rate, histories.lengths), mode, generator)
+    return Ragged(np.where(hidden, MASK, histories.items), histories.bounds, histories.gaps)
+
+
+def substitute(histories: Ragged, rate: float, mode: Mode, similar: Similar, generator: np.random.Generator) -> Ragged:
+    """Put similar items in the place of `max(1, floor(rate n))` events; histories of one event stay as they are."""
+    count = np.where(histories.lengths > 1, np.maximum(1, portion(rate, histories.lengths)), 0)
+    chosen = choose(histories, count, mode, generator)
+    items = histories.items.copy()
+    items[chosen] = similar.of(items[chosen], generator)
+    return Ragged(items, histories.bounds, histories.gaps)
+
+
+def insert(histories: Ragged, rate: float, mode: Mode, similar: Similar, generator: np.random.Generator) -> Ragged:
+    """Add a similar item after `max(1, floor(rate n))` events."""
+    chosen = choose(histories, np.maximum(1, portion(rate, histories.lengths)), mode, generator)
+    times = 1 + chosen
+    items, gaps = np.repeat(histories.items, times), np.repeat(histories.gaps, times)
+    added = np.cumsum(times)[chosen] - 1
+    items[added] = similar.of(histories.items[chosen], generator)
+    bounds = np.concatenate([[0], np.cumsum(np.add.reduceat(times, histories.bounds[:-1]))])
+    return Ragged(items, bounds, gaps)
+
+
+def join(pieces: Sequence[Ragged], rows: Sequence[NDArray[np.int64]], longest: int) -> Ragged:
+    """One batch of the histories in `pieces`, history `i` of piece `p` at `rows[p][i]`; each cut to its last `longest`."""
+    items, gaps = np.concatenate([p.items for p in pieces]), np.concatenate([p.gaps for p in pieces])
+    shift = np.cumsum([0, *(len(p.items) for p in pieces)])
+    start = np.concatenate([p.bounds[:-1] + s for p, s in zip(pieces, shift, strict=False)])
+    stop = np.concatenate([p.bounds[1:] + s for p, s in zip(pieces, shift, strict=False)])
+    order = np.argsort(np.concatenate(list(rows)), kind="stable")
+    start, stop = start[order], stop[order]
+    flat, bounds = flat_rows(np.maximum(start, stop - longest), stop)
+    return Ragged(items[flat], bounds, gaps[flat])
