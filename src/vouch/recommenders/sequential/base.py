@@ -174,9 +174,14 @@ class SequenceEncoder(nn.Module, ABC):
         self.n_items = n_items
         self.register_parameter("bias", None)
 
-    @abstractmethod
     def forward(self, items_BT: Tensor, lengths: Tensor, context: Context | None = None) -> Tensor:
         """Vectors `(B, T, D)` or `(B, T, K, D)` of left-aligned codes `(B, T)`: -1 after the end, `MASK` where hidden."""
+        x_BTD, context = self.embed(items_BT, context)
+        return self.read(x_BTD, lengths, context)
+
+    @abstractmethod
+    def read(self, x_BTD: Tensor, lengths: Tensor, context: Context) -> Tensor:
+        """The output for embedded histories; `context.rows` holds their rows of the item table."""
 
     def rows(self, items_BT: Tensor) -> Tensor:
         """Rows of the item table: padding 0, items `code + 1`, hidden the row after the last item."""
@@ -296,6 +301,8 @@ class SequentialRecommender(Recommender):
 
     network: SequenceEncoder
     known: dict[str, Tensor]
+    diagnostics: dict[str, float]
+    """After `fit`: what the losses measured of themselves at its end."""
     attends: ClassVar[bool] = False
     """Whether the encoder is a transformer, whose attention kind can be chosen."""
     several_interests: ClassVar[bool] = False
@@ -348,20 +355,26 @@ class SequentialRecommender(Recommender):
         Raises:
             DataError: no history has two events, or the data lacks what a part needs.
         """
-        run, config = run or Run(), self.config
+        run = run or Run()
         with seeded(run.seed):
             objective = self.begin(split)
-            batches = self.batches(split.train, objective.draws())
-            return fit(
-                objective,
-                batches,
-                config=config,
-                run=run,
-                optimizer=self.optimizer(objective),
-                schedule=self.schedule(config.epochs * len(batches), len(batches)),
-                step=routed_step if objective.attackers else None,
-                validate=lambda: evaluate(self, split.valid, metrics=[config.monitor], train=split.train).metrics,
-            )
+            return self.train(objective, split, run, self.optimizer(objective))
+
+    def train(self, objective: Objective, split: Split, run: Run, optimizer: torch.optim.Optimizer) -> FitReport:
+        """Run the loop."""
+        config, batches = self.config, self.batches(split.train, objective.draws())
+        report = fit(
+            objective,
+            batches,
+            config=config,
+            run=run,
+            optimizer=optimizer,
+            schedule=self.schedule(config.epochs * len(batches), len(batches)),
+            step=routed_step if objective.attackers else None,
+            validate=lambda: evaluate(self, split.valid, metrics=[config.monitor], train=split.train).metrics,
+        )
+        self.diagnostics = {name: value for term in objective.terms.values() for name, value in term.diagnose().items()}
+        return report
 
     def begin(self, split: Split) -> Objective:
         """A new encoder with the losses that the settings name, as training starts with them."""

@@ -63,9 +63,8 @@ class BERT4RecEncoder(SequenceEncoder):
         self.apply(init_weights)
         self.bias = nn.Parameter(torch.zeros(n_items))
 
-    def forward(self, items_BT: Tensor, lengths: Tensor, context: Context | None = None) -> Tensor:
+    def read(self, x_BTD: Tensor, lengths: Tensor, context: Context) -> Tensor:
         """`(B, T, D)`; every position depends on both sides."""
-        x_BTD, context = self.embed(items_BT, context)
         hidden = self.transformer(x_BTD, lengths, causal=False, context=context)
         if context.second is not None:
             context.second = self.output(context.second)

@@ -34,10 +34,9 @@ class GRUEncoder(SequenceEncoder):
         self.dense = nn.Linear(config.recurrent_size, config.hidden_size)
         self.apply(init_weights)
 
-    def forward(self, items_BT: Tensor, lengths: Tensor, context: Context | None = None) -> Tensor:
+    def read(self, x_BTD: Tensor, lengths: Tensor, context: Context) -> Tensor:
         """`(B, T, D)`; padding comes after the end, so it needs no packing."""
-        del lengths
-        x_BTD, _ = self.embed(items_BT, context)
+        del lengths, context
         hidden, _ = self.gru(self.dropout(x_BTD))
         return self.dense(self.dropout(hidden))
 

@@ -167,6 +167,10 @@ class Term(Part, nn.Module, ABC):
     ) -> dict[str, Tensor]:
         """Weighted scalars by name; what `draw` gave is in `batch.extra[self.slug]`."""
 
+    def diagnose(self) -> dict[str, float]:
+        """Numbers by name that tell whether it teaches anything, as of the last batch."""
+        return {}
+
     def attacks(self) -> tuple[str, list[nn.Parameter]] | None:
         """The name of a loss that trains *only* the parameters beside it, which no other loss then trains, or None."""
         return None

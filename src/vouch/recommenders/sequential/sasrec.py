@@ -51,9 +51,8 @@ class SASRecEncoder(SequenceEncoder):
         self.apply(init_weights)
         self.bias = nn.Parameter(torch.zeros(n_items)) if config.item_bias else None
 
-    def forward(self, items_BT: Tensor, lengths: Tensor, context: Context | None = None) -> Tensor:
+    def read(self, x_BTD: Tensor, lengths: Tensor, context: Context) -> Tensor:
         """`(B, T, D)`; position `t` depends on items up to `t` only."""
-        x_BTD, context = self.embed(items_BT, context)
         return self.transformer(x_BTD, lengths, context=context)
 
     def item_vectors(self) -> Tensor:
