@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
-from vouch import Dataset, Interactions, Queries, Query, Run, load, registry, split
+from vouch import Catalog, Dataset, Interactions, Queries, Query, Run, load, registry, split
 from vouch.errors import ConfigError, DataError, StorageError, UnknownIdError
 from vouch.recommenders import Recommender
 from vouch.training import TrainConfig
@@ -25,7 +26,7 @@ SLUGS = [slug for slug, kind in registry.methods().items() if issubclass(kind, R
 
 @pytest.fixture(scope="module")
 def data() -> Dataset:
-    """60 users, 40 items in two clusters, ids as text, with a repeated pair for every fifth user."""
+    """60 users, 40 items of 5 brands in two clusters, ids as text, with a repeated pair for every fifth user."""
     random = np.random.default_rng(0)
     user, item, time = [], [], []
     for u in range(60):
@@ -34,7 +35,9 @@ def data() -> Dataset:
         user += [f"u{u}"] * len(chosen)
         item += [f"i{i}" for i in chosen]
         time += list(range(100 * u, 100 * u + len(chosen)))
-    return Dataset.of(Interactions.from_arrays(user, item, time=time))
+    log = Interactions.from_arrays(user, item, time=time)
+    brands = pl.DataFrame({"brand": [f"b{int(log.items.id(code)[1:]) % 5}" for code in range(log.n_items)]})
+    return Dataset(log, Catalog(log.items, brands, {"brand": "category"}), None, "two clusters")
 
 
 def make(slug: str) -> Any:

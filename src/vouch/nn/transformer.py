@@ -90,6 +90,48 @@ class SelfAttention(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(B, T, D))
 
 
+def attend(scores_BHTT: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the keys that may be seen; the others get exactly 0."""
+    return torch.softmax(scores_BHTT.masked_fill(~mask, -torch.inf), dim=-1)
+
+
+class ExplicitAttention(SelfAttention):
+    """Self-attention whose weights can be worked on: a subclass says what becomes of them."""
+
+    def forward(
+        self, query_BTD: Tensor, memory_BTD: Tensor, mask: Tensor | None, context: Context | None = None
+    ) -> Tensor:
+        """As `SelfAttention`, with the weights of `weigh`."""
+        context = context or Context()
+        T = query_BTD.shape[1]
+        q = self.query(query_BTD)
+        k, v = self.key_value(memory_BTD).chunk(2, -1)
+        weights, attacked = self.weigh(q, k, allowed(mask, T, q.device), context)
+        if context.watch:
+            context.note("attention", weights)
+        if attacked is not None:
+            context.second = self.mix(attacked, v)
+        return self.mix(weights, v)
+
+    def heads(self, x_BTD: Tensor) -> Tensor:
+        """`(B, H, T, D/H)`."""
+        return x_BTD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def mix(self, weights_BHTT: Tensor, v_BTD: Tensor) -> Tensor:
+        """Weighted values through the output projection."""
+        return self.out((weights_BHTT @ self.heads(v_BTD)).transpose(1, 2).flatten(2))
+
+    def drop(self, weights: Tensor) -> Tensor:
+        """Dropout of attention weights, in training."""
+        return dropout(weights, self.dropout) if self.training and self.dropout > 0 else weights
+
+    def weigh(self, q_BTD: Tensor, k_BTD: Tensor, mask: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        """Weights `(B, H, T, T)`, and those of a second branch if the context asks for it."""
+        del context
+        q, k = self.heads(q_BTD), self.heads(k_BTD)
+        return self.drop(attend(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, mask)), None
+
+
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """Attention weights `(B, H, T, T)` written out, with dropout."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -158,7 +200,7 @@ class Transformer(nn.Module):
 
     Args:
         attention: an attention kind: `layer()` gives one block's attention, a call with the context what all blocks
-            share in a pass; its `positions` says whether position vectors are added to the input.
+            share in a pass, `enter` may change the input; its `positions` says whether position vectors are added to the input.
         positions: whether they are, where the attention is the plain one.
         inner_size: of the feed-forward layers; 4 D unless given (D for `original`).
     """
@@ -197,6 +239,11 @@ class Transformer(nn.Module):
     def forward(self, x_BTD: Tensor, lengths: Tensor, *, causal: bool = True, context: Context | None = None) -> Tensor:
         """Encode left-aligned vectors `(B, T, D)` of sequences of `lengths` `(B,)`, at most `max_length`."""
         place = torch.arange(x_BTD.shape[1], device=x_BTD.device)
+        context = context or Context()
+        context.lengths = lengths
+        if self.attention is not None:
+            context.shared = self.attention(context)
+            x_BTD = self.attention.enter(x_BTD, context)
         if self.variant == "original":
             x_BTD = x_BTD * x_BTD.shape[-1] ** 0.5
         if self.position is not None:
@@ -204,10 +251,6 @@ class Transformer(nn.Module):
             x_BTD = x_BTD + self.position(age)
         x_BTD = self.dropout(self.norm(x_BTD) if self.variant == "post" else x_BTD)
         mask = None if causal else (place < lengths.unsqueeze(1))[:, None, None, :]
-        context = context or Context()
-        context.lengths = lengths
-        if self.attention is not None:
-            context.shared = self.attention(context)
         for i, block in enumerate(self.blocks):
             context.last_layer = i == len(self.blocks) - 1
             x_BTD = block(x_BTD, mask, context)

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vouch.config import Choice, Config, setting
-from vouch.nn.dropout import dropout
-from vouch.nn.transformer import Context, SelfAttention, allowed
+from vouch.nn.transformer import Context, ExplicitAttention, attend
 from vouch.recommenders.sequential.base import NextItem, SequenceEncoder, SequentialRecommender
 from vouch.recommenders.sequential.batches import SequenceBatch
 from vouch.recommenders.sequential.parts import Attention, Setup, Term, part
@@ -51,48 +50,6 @@ class CalibrationConfig(Config):
     def attacked(self) -> bool:
         """Whether there is an attacker to train."""
         return self.calibrators in ("both", "adversarial") and self.mask == "learned"
-
-
-def attend(scores_BHTT: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the keys that may be seen; the others get exactly 0."""
-    return torch.softmax(scores_BHTT.masked_fill(~mask, -torch.inf), dim=-1)
-
-
-class ExplicitAttention(SelfAttention):
-    """Self-attention whose weights can be worked on: a subclass says what becomes of them."""
-
-    def forward(
-        self, query_BTD: Tensor, memory_BTD: Tensor, mask: Tensor | None, context: Context | None = None
-    ) -> Tensor:
-        """As `SelfAttention`, with the weights of `weigh`."""
-        context = context or Context()
-        T = query_BTD.shape[1]
-        q = self.query(query_BTD)
-        k, v = self.key_value(memory_BTD).chunk(2, -1)
-        weights, attacked = self.weigh(q, k, allowed(mask, T, q.device), context)
-        if context.watch:
-            context.note("attention", weights)
-        if attacked is not None:
-            context.second = self.mix(attacked, v)
-        return self.mix(weights, v)
-
-    def heads(self, x_BTD: Tensor) -> Tensor:
-        """`(B, H, T, D/H)`."""
-        return x_BTD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def mix(self, weights_BHTT: Tensor, v_BTD: Tensor) -> Tensor:
-        """Weighted values through the output projection."""
-        return self.out((weights_BHTT @ self.heads(v_BTD)).transpose(1, 2).flatten(2))
-
-    def drop(self, weights: Tensor) -> Tensor:
-        """Dropout of attention weights, in training."""
-        return dropout(weights, self.dropout) if self.training and self.dropout > 0 else weights
-
-    def weigh(self, q_BTD: Tensor, k_BTD: Tensor, mask: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """Weights `(B, H, T, T)`, and those of a second branch if the context asks for it."""
-        del context
-        q, k = self.heads(q_BTD), self.heads(k_BTD)
-        return self.drop(attend(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, mask)), None
 
 
 class CalibratedAttention(ExplicitAttention):

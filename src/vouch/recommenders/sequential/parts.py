@@ -90,6 +90,11 @@ class Attention(Part, nn.Module, ABC):
         """What all layers share in a pass."""
         del context
 
+    def enter(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """The input of the transformer, before positions and norm."""
+        del context
+        return x_BTD
+
 
 class Histories(NamedTuple):
     """The histories of a batch as rows of the training log: `start:stop` is what the encoder reads.
