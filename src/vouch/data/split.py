@@ -1,4 +1,4 @@
-"""Splitting a log into what is trained on and what is asked: four named protocols, checked for leaks.
+"""Splitting a log into what is trained on and what is asked: five named protocols, checked for leaks.
 
 The histories and targets of validation and test are slices of the one sorted log, never copies.
 """
@@ -17,7 +17,9 @@ from vouch.data.interactions import OPTIONAL, Interactions
 from vouch.data.queries import Queries, flat_rows
 from vouch.errors import ConfigError, DataError, did_you_mean
 
-PROTOCOLS = ("leave-one-out", "temporal", "ratio", "session")
+PROTOCOLS = ("leave-one-out", "temporal", "ratio", "session", "users")
+TAIL = 0.2
+"""Share of a history that is asked for where whole users are held out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,11 +119,13 @@ def split(
     - `session`: every "user" of the log is a session; the last `test_share` of sessions (by start time, or by order
       of the log without times) are test, those before them validation; each event of them after the first is asked
       for with the events before it as history.
+    - `users`: a fixed random choice of users is kept out of training, `valid_share` and `test_share` of them; the last
+      fifth of each of their histories is asked for at once, with what is before it as history.
 
     Users who are too short for a case stay in training, and are counted in `dropped`.
 
     Args:
-        valid_share, test_share: shares of events (`temporal`, `ratio`) or sessions (`session`).
+        valid_share, test_share: shares of events (`temporal`, `ratio`), sessions (`session`) or users (`users`).
         min_history: the fewest training events a user needs to be asked about (`leave-one-out`, `ratio`).
 
     Raises:
@@ -145,9 +149,10 @@ def split(
         "temporal": lambda: _temporal(log, valid_share, test_share),
         "ratio": lambda: _ratio(log, valid_share, test_share, min_history),
         "session": lambda: _session(log, valid_share, test_share),
+        "users": lambda: _users(log, valid_share, test_share),
     }
     train, valid, test, settings, dropped = makers[protocol]()
-    settings = {**settings, **({} if protocol in ("temporal", "session") else {"min_history": min_history})}
+    settings = {**settings, **({} if protocol in ("temporal", "session", "users") else {"min_history": min_history})}
     for name, cases in (("validation", valid), ("test", test)):
         if len(cases) == 0:
             raise DataError(
@@ -254,6 +259,29 @@ def _session(log: Interactions, valid_share: float, test_share: float) -> Parts:
     return train, valid, test, settings, {"sessions of one event (nothing to ask)": single}
 
 
+def _users(log: Interactions, valid_share: float, test_share: float) -> Parts:
+    start, end = log.offsets[:-1], log.offsets[1:]
+    users = np.random.default_rng(0).permutation(np.flatnonzero(end > start))
+    n_test, n_valid = (max(1, round(len(users) * share)) for share in (test_share, valid_share))
+    if len(users) < n_test + n_valid + 1:
+        raise DataError(f"the log has {len(users)} users; a split of users needs at least 3")
+    held = np.zeros(log.n_users, dtype=bool)
+    held[users[: n_test + n_valid]] = True
+    train = log.where(np.repeat(~held, end - start))
+    short = 0
+
+    def cases(chosen: NDArray[np.int64]) -> Cases:
+        nonlocal short
+        tail = np.floor(TAIL * (end - start)[chosen] + 1e-9).astype(np.int64)
+        short += int((tail == 0).sum())
+        chosen, tail = np.sort(chosen[tail > 0]), tail[tail > 0][np.argsort(chosen[tail > 0])]
+        return Cases(log, np.full(len(chosen), -1, np.int32), start[chosen], end[chosen] - tail, end[chosen])
+
+    test, valid = cases(users[:n_test]), cases(users[n_test : n_test + n_valid])
+    settings = {"valid_share": valid_share, "test_share": test_share, "tail": TAIL}
+    return train, valid, test, settings, {"held-out users with fewer than 5 events (left out)": short}
+
+
 def _why_short(log: Interactions) -> str:
     longest = int(log.lengths.max(initial=0))
     return f"{log.n_users} users with at most {longest} events each"
@@ -267,7 +295,7 @@ def check_leaks(made: Split) -> None:
     asked; no row is asked for twice; and `Cases.user` names the user exactly where training has rows of that user.
     `leave-one-out` asks for single rows, in test the last of each user. `temporal` trains on nothing as late as the
     validation cut, and asks in validation for rows between the two cuts, in test for rows after the second.
-    `session` trains on no row of an asked-for session, and (with times) on none that began after one that is asked for.
+    `session` and `users` train on no row of what is asked for, and (with times) on none that began after one that is asked for.
 
     Raises:
         DataError: one of these fails; the message names the part and the user.
@@ -295,8 +323,8 @@ def check_leaks(made: Split) -> None:
             refuse(cases.target_stop - cases.stop != 1, "asks for more than one row")
             if name == "test":
                 refuse(cases.target_stop != log.offsets[owner + 1], "does not ask for the last row")
-        if made.protocol == "session":
-            refuse(trained > 0, "asks for a session that was trained on")
+        if made.protocol in ("session", "users"):
+            refuse(trained > 0, f"asks for a {made.protocol.rstrip('s')} that was trained on")
     if len(np.intersect1d(asked["validation"], asked["test"])):
         raise DataError("validation and test ask for the same rows")
     if made.protocol == "temporal":

@@ -305,8 +305,6 @@ class SequentialRecommender(Recommender):
     """After `fit`: what the losses measured of themselves at its end."""
     attends: ClassVar[bool] = False
     """Whether the encoder is a transformer, whose attention kind can be chosen."""
-    several_interests: ClassVar[bool] = False
-    """Whether it may give more than one vector at a position."""
 
     def __init__(self, config: Any = None, **settings: Any) -> None:
         super().__init__(config, **settings)

@@ -120,7 +120,7 @@ class Contrastive(Term):
 
 def one_vector(recommender: SequentialRecommender) -> str | None:
     """The reason why a loss on one vector for each position does not fit, or None."""
-    several = type(recommender).several_interests
+    several = getattr(recommender.config, "interests", 1) > 1
     return "it needs one vector at each position, and this encoder gives several interests" if several else None
 
 
