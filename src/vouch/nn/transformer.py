@@ -25,9 +25,11 @@ class Context:
 
     Attributes:
         rows: int64 `(B, T)` rows of the item table, 0 at padding. lengths: int64 `(B,)`.
+        user: int64 `(B,)` codes, -1 where unknown; None where nobody knows.
         attack: whether the attention shall also give a second, attacked branch (where it has one).
         watch: whether attention layers shall leave their weights `(B, H, T, T)` as notes, `attention` among them.
         last_layer: whether the block that runs now is the last.
+        graph: what an encoder with a graph saw of it.
         shared: what the attention kind computed once for all layers of this pass.
         second: the second branch's output `(B, T, D)`; a block takes mixed values here and leaves its output.
         notes: tensors by name that an objective reads afterwards, one a layer.
@@ -35,6 +37,8 @@ class Context:
 
     rows: Tensor | None = None
     lengths: Tensor | None = None
+    user: Tensor | None = None
+    graph: Any = None
     attack: bool = False
     watch: bool = False
     last_layer: bool = False

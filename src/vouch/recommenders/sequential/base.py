@@ -220,7 +220,7 @@ class Objective(nn.Module):
 
     def loss(self, batch: SequenceBatch) -> dict[str, Tensor]:
         """The weighted losses by name."""
-        context = Context(attack=bool(self.attackers))
+        context = Context(user=batch.user, attack=bool(self.attackers))
         hidden = self.encoder(batch.items, batch.lengths, context)
         found: dict[str, Tensor] = {}
         for term in self.terms.values():
@@ -457,7 +457,8 @@ class SequentialRecommender(Recommender):
             size = max(1, int(np.searchsorted(longest * np.arange(1, len(longest) + 1), ENCODE_TOKENS, side="right")))
             rows = order[first : first + size]
             items, length = self.inputs(queries, rows, lengths[rows])
-            hidden = self.network(torch.from_numpy(items).to(device), torch.from_numpy(length).to(device))
+            context = Context(user=torch.from_numpy(queries.user[rows].astype(np.int64)).to(device))
+            hidden = self.network(torch.from_numpy(items).to(device), torch.from_numpy(length).to(device), context)
             last = torch.from_numpy(length - 1).to(device).clamp(min=0)
             out[torch.from_numpy(rows).to(device)] = hidden[torch.arange(len(rows), device=device), last].float()
             first += size
