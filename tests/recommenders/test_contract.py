@@ -221,7 +221,7 @@ def test_clusters_are_found(slug: str, data: Dataset) -> None:
     """With two groups of items that never mix, a trained method recommends from the history's own group."""
     kind = registry.method(slug)
     # Validated once, at the end: 60 users are too few to choose an epoch by.
-    enough = {"epochs": 40, "adversarial_epochs": 40, "evaluate_every": 40, "dropout": 0.1}
+    enough = {"epochs": 40, "adversarial_epochs": 40, "evaluate_every": 40, "dropout": 0.1, "rate_decay": 1.0}
     if "max_length" in kind.Config.model_fields:
         enough["learning_rate"] = 1e-2
     if slug == "bert4rec":  # fewer targets a pass

@@ -218,7 +218,7 @@ def test_scores_in_blocks_equal_scores_in_one_piece(
     seen = []
     forward = model.network.forward
     monkeypatch.setattr(
-        model.network, "forward", lambda items, lengths: seen.append(items.shape) or forward(items, lengths)
+        model.network, "forward", lambda items, *more: seen.append(items.shape) or forward(items, *more)
     )
     monkeypatch.setattr(base, "ENCODE_TOKENS", 16)
     assert torch.allclose(whole, model.score(queries), atol=1e-5)

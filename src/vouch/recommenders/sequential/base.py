@@ -371,6 +371,7 @@ class SequentialRecommender(Recommender):
             step=routed_step if objective.attackers else None,
             validate=lambda: evaluate(self, split.valid, metrics=[config.monitor], train=split.train).metrics,
         )
+        self.network.eval()
         self.diagnostics = {name: value for term in objective.terms.values() for name, value in term.diagnose().items()}
         return report
 
@@ -410,7 +411,7 @@ class SequentialRecommender(Recommender):
         sampler = None
         if kind != "ce":
             sampler = NegativeSampler(log, config.negatives_by, avoid_known=kind not in SHARED)
-        return SequenceBatches(
+        return self.batch_type()(
             log,
             config.batch_size,
             config.max_length,
@@ -421,6 +422,10 @@ class SequentialRecommender(Recommender):
             draws=draws,
             least=config.min_history,
         )
+
+    def batch_type(self) -> type[SequenceBatches]:
+        """The class of the batches."""
+        return SequenceBatches
 
     def log_q(self, log: Interactions) -> Tensor | None:
         """Logarithm of each item's chance to be drawn `(N,)`, or None where all are alike."""
@@ -482,7 +487,11 @@ class SequentialRecommender(Recommender):
 
     def item_vectors(self) -> Tensor:
         """`(N, D)`."""
-        return self.network.item_vectors().detach()
+        was_training = self.network.training
+        self.network.eval()
+        vectors = self.network.item_vectors().detach()
+        self.network.train(was_training)
+        return vectors
 
     def state(self) -> dict[str, Tensor]:
         """The encoder's parameters, and what it must know of the data."""

@@ -93,10 +93,14 @@ class SequenceBatches:
     def __len__(self) -> int:
         return math.ceil(len(self.user) / self.batch_size)
 
+    def order(self, generator: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+        """Rows of the windows of each batch."""
+        return by_length(self.stop - self.start, self.batch_size, generator)
+
     def epoch(self, generator: np.random.Generator, rank: int, world: int) -> Iterator[SequenceBatch]:
         """Batches in random order; this rank takes every `world`-th window of each."""
         apart = generator.spawn(1)[0]  # leaves this one as it is
-        for rows in by_length(self.stop - self.start, self.batch_size, generator):
+        for rows in self.order(generator):
             mine = rows[rank::world] if world > 1 else rows
             start, stop = self.start[mine], self.stop[mine]
             events = self.log.item  # (n,)
