@@ -18,7 +18,8 @@ from vouch.recommenders import Recommender
 from vouch.training import TrainConfig
 
 SMALL = {
-    "epochs": 2, "adversarial_epochs": 2, "pretrain_epochs": 1, "hidden_size": 16, "max_length": 8, "negatives": 8, "recurrent_size": 8,
+    "epochs": 2, "adversarial_epochs": 2, "pretrain_epochs": 1,
+    "hidden_size": 16, "max_length": 8, "negatives": 8, "recurrent_size": 8,
     "evaluate_every": 2, "batch_size": 16,
 }  # fmt: skip
 SLUGS = [slug for slug, kind in registry.methods().items() if issubclass(kind, Recommender)]
