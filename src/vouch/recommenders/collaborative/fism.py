@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -168,8 +169,26 @@ class FISMNetwork(ItemTables):
         return {"bce": pointwise(self.logits(batch.history, batch.target), batch), "penalty": penalty}
 
 
+def check_codes(codes: NDArray[np.integer[Any]], n_items: int) -> Tensor:
+    """Item codes as a tensor.
+
+    Raises:
+        DataError: a code is not that of an item; the message names it and the number of items.
+    """
+    codes = np.asarray(codes, dtype=np.int64)
+    bad = (codes < 0) | (codes >= n_items)
+    if bool(bad.any()):
+        raise DataError(f"item code {int(codes[bad][0])} is not in the table of {n_items} items")
+    return torch.from_numpy(codes)
+
+
 def distinct(queries: Queries, n_items: int) -> Any:
-    """CSR `(B, N)` of ones: the set of items of each history."""
+    """CSR `(B, N)` of ones: the set of items of each history.
+
+    Raises:
+        DataError: a code is not that of an item.
+    """
+    check_codes(queries.item, n_items)
     rows = weighted_rows(queries, n_items, 1.0)
     rows.data[:] = 1.0
     rows.sort_indices()
@@ -182,20 +201,28 @@ class HistoryRecommender(Recommender):
     network: Any
 
     def train(self, split: Split, run: Run, network: Any) -> FitReport:
-        """Run the loop with Adagrad. The number of skipped users is kept as `skipped`."""
+        """Run the loop with Adagrad, always in float32: attention exponentiates, and vectors of 16 gain nothing.
+
+        The number of users without a second item goes into the log as `skipped_users`.
+        """
         config, batches = self.config, HistoryBatches(split.train, self.config)
-        self.network, self.skipped = network, batches.skipped
+        self.network = network
+
+        def validate() -> dict[str, float]:
+            found = evaluate(self, split.valid, metrics=[config.monitor], train=split.train).metrics
+            return {**found, "skipped_users": batches.skipped}
+
         return fit(
             network,
             batches,
             config=config,
-            run=run,
+            run=replace(run, precision="32"),
             optimizer=torch.optim.Adagrad(
                 [p for p in network.parameters() if p.requires_grad],
                 lr=config.learning_rate,
                 initial_accumulator_value=1e-8,
             ),
-            validate=lambda: evaluate(self, split.valid, metrics=[config.monitor], train=split.train).metrics,
+            validate=validate,
         )
 
     def refuse_empty(self, queries: Queries) -> None:

@@ -22,17 +22,20 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vouch.config import Choice, setting
 from vouch.data import Queries, Split
 from vouch.errors import ConfigError, DataError
 from vouch.recommenders.base import load
 from vouch.recommenders.collaborative.fism import (
+    CELLS,
     FISM,
     HistoryBatch,
     HistoryConfig,
     HistoryRecommender,
     ItemTables,
+    check_codes,
     copy_tables,
     distinct,
     overflow_limit,
@@ -41,8 +44,10 @@ from vouch.recommenders.collaborative.fism import (
 from vouch.registry import Card, register
 from vouch.training import FitReport, Run, seeded
 
-SCORE_CELLS = 1 << 22
-"""Values of the attention's hidden layer at once when scoring: 16 MiB of float32."""
+CANDIDATES = 256
+"""Items scored at once."""
+SCORE_CELLS = 1 << 18
+"""Values of the attention's hidden layer at once when scoring, where a single history allows: 1 MiB of float32."""
 
 
 class NAISConfig(HistoryConfig):
@@ -96,33 +101,47 @@ class NAISNetwork(ItemTables):
         found: Tensor = getattr(torch, self.config.activation)(x)
         return found
 
-    def attention_logits(self, p_UCD: Tensor, q_ULD: Tensor) -> Tensor:
-        """`f (U, C, L)`. For `concat` the layer splits, `W [q; p] = W_q q + W_p p`; for `prod`, `W (q * p)`."""
+    def of_history(self, q: Tensor) -> Tensor:
+        """What the layer makes of history items alone: `W_q q (.., A)` for `concat`, `q` itself for `prod`."""
+        return q @ self.W.chunk(2, 1)[0].T if self.config.variant == "concat" else q
+
+    def of_target(self, p: Tensor) -> Tensor:
+        """What the layer makes of targets alone: `W_p p (.., A)` for `concat`, `W diag(p) (.., A, D)` for `prod`."""
+        return p @ self.W.chunk(2, 1)[1].T if self.config.variant == "concat" else p.unsqueeze(-2) * self.W
+
+    def attention_logits(self, key_UL: Tensor, query_UC: Tensor) -> Tensor:
+        """`f (U, C, L)` of what `of_history` and `of_target` gave; targets of one user (`U` = 1) serve all.
+
+        Linear layers split: `W [q; p] = W_q q + W_p p`, and `W (q * p) = (W diag(p)) q`, so that no `(U, C, L, D)`
+        tensor is built.
+        """
         if self.config.variant == "concat":
-            W_q, W_p = self.W.chunk(2, 1)
-            hidden = (q_ULD @ W_q.T).unsqueeze(1) + (p_UCD @ W_p.T).unsqueeze(2)
+            hidden = key_UL.unsqueeze(1) + query_UC.unsqueeze(2)
         else:
-            # (W diag(p)) q: the product with p is folded into the weights, so no (U, C, L, D) tensor is built
-            hidden = torch.einsum("ucad,uld->ucla", p_UCD.unsqueeze(2) * self.W, q_ULD)
+            hidden = torch.einsum("ucad,uld->ucla", query_UC, key_UL)
         return self.activate(hidden + self.b) @ self.h
 
-    def logits(self, history_UL: Tensor, target_UC: Tensor) -> Tensor:
-        """Scores `(U, C)`; an item is never part of its own history. Empty histories leave the bias."""
-        i = target_UC.clamp(min=0)
-        real = (history_UL >= 0).unsqueeze(1) & (history_UL.unsqueeze(1) != target_UC.unsqueeze(2))  # (U, C, L)
-        return (
-            self.score(F.embedding(history_UL.clamp(min=0), self.history), F.embedding(i, self.target), real)
-            + self.bias[i]
-        )
-
-    def weights(self, q_ULD: Tensor, p_UCD: Tensor, real_UCL: Tensor) -> Tensor:
-        """Attention `(U, C, L)`."""
-        return smoothed(self.attention_logits(p_UCD, q_ULD), real_UCL, self.config.beta)
-
-    def score(self, q_ULD: Tensor, p_UCD: Tensor, real_UCL: Tensor) -> Tensor:
+    def attend(self, q_ULD: Tensor, p_UCD: Tensor, real_UCL: Tensor, f_UCL: Tensor) -> Tensor:
         """`n^-alpha sum_j a_j p . q_j`, without the bias, `(U, C)`."""
-        weighted = (self.weights(q_ULD, p_UCD, real_UCL) * (p_UCD @ q_ULD.transpose(1, 2))).sum(-1)
+        weighted = (smoothed(f_UCL, real_UCL, self.config.beta) * (p_UCD @ q_ULD.transpose(1, 2))).sum(-1)
         return weighted * real_UCL.sum(-1).clamp(min=1).float() ** -self.config.alpha
+
+    def logits(self, history_UL: Tensor, target_UC: Tensor) -> Tensor:
+        """Scores `(U, C)`; an item is never part of its own history. Empty histories leave the bias.
+
+        Where there are many targets, they are taken some at a time and attention is computed again going backward.
+        """
+        size = max(1, CELLS // history_UL.numel())
+        if target_UC.shape[1] <= size:
+            return self._logits(history_UL, target_UC)
+        parts = [checkpoint(self._logits, history_UL, some, use_reentrant=False) for some in target_UC.split(size, 1)]
+        return torch.cat(parts, 1)
+
+    def _logits(self, history_UL: Tensor, target_UC: Tensor) -> Tensor:
+        i = target_UC.clamp(min=0)
+        q, p = F.embedding(history_UL.clamp(min=0), self.history), F.embedding(i, self.target)
+        real = (history_UL >= 0).unsqueeze(1) & (history_UL.unsqueeze(1) != target_UC.unsqueeze(2))  # (U, C, L)
+        return self.attend(q, p, real, self.attention_logits(self.of_history(q), self.of_target(p))) + self.bias[i]
 
     def loss(self, batch: HistoryBatch) -> dict[str, Tensor]:
         """Cross-entropy and penalty."""
@@ -164,7 +183,8 @@ class NAIS(HistoryRecommender):
             shared = {name: getattr(config, name) for name in HistoryConfig.model_fields}
             first = FISM(**{**shared, "epochs": config.pretrain_epochs})
             path = None if run.path is None else Path(run.path) / "pretrain"
-            seconds = first.fit(split, replace(run, path=path)).seconds
+            # other negatives and another order than in what follows
+            seconds = first.fit(split, replace(run, path=path, seed=run.seed + 1)).seconds
             start = first.network
         with seeded(run.seed):
             network = NAISNetwork(split.train.n_items, config)
@@ -190,20 +210,30 @@ class NAIS(HistoryRecommender):
 
     @torch.no_grad()
     def score(self, queries: Queries) -> Tensor:
-        """All items, in blocks of queries and candidates; with `concat`, projections are computed once."""
+        """All items, in blocks of candidates and of queries with like histories; each item is projected once."""
         self.refuse_empty(queries)
-        network, device = self.network, self.network.bias.device
+        network, config = self.network, self.config
         rows = distinct(queries, self.n_items)
-        lengths = np.diff(rows.indptr)
-        out = network.bias.expand(len(queries), -1).clone()
-        for query in np.flatnonzero(lengths > 0):
-            history = torch.from_numpy(rows.indices[rows.indptr[query] : rows.indptr[query + 1]].astype(np.int64))
-            q = network.history[history.to(device)].unsqueeze(0)
-            size = max(1, SCORE_CELLS // (lengths[query] * self.config.attention_size))
-            for first in range(0, self.n_items, size):
-                p = network.target[first : first + size].unsqueeze(0)
-                real = torch.ones(1, p.shape[1], q.shape[1], dtype=torch.bool, device=device)
-                out[query, first : first + size] += network.score(q, p, real)[0]
+        n = np.diff(rows.indptr)
+        order = np.argsort(-n, kind="stable")[: int((n > 0).sum())]  # the first of a block is its longest
+        groups: list[list[Tensor]] = []
+        while len(order):
+            some = order[: max(1, SCORE_CELLS // (CANDIDATES * config.attention_size * int(n[order[0]])))]
+            place = np.arange(n[some[0]])
+            real = place < n[some][:, None]
+            codes = np.zeros(real.shape, dtype=np.int64)
+            codes[real] = rows.indices[(rows.indptr[some][:, None] + place)[real]]
+            groups.append([torch.from_numpy(x).to(network.bias.device) for x in (some, codes, real)])
+            order = order[len(some) :]
+        keys = network.of_history(network.history)
+        out: Tensor = network.bias.expand(len(queries), -1).clone()
+        for first in range(0, self.n_items, CANDIDATES):
+            p = network.target[first : first + CANDIDATES].unsqueeze(0)
+            projected = network.of_target(p)
+            for who, history, there in groups:
+                f = network.attention_logits(keys[history], projected)
+                shown = there.unsqueeze(1).expand_as(f)
+                out[who, first : first + CANDIDATES] += network.attend(network.history[history], p, shown, f)
         return out
 
     @torch.no_grad()
@@ -216,15 +246,11 @@ class NAIS(HistoryRecommender):
         Raises:
             DataError: a code is not that of an item; the message names it and the number of items.
         """
-        for codes in (history, candidates):
-            bad = (np.asarray(codes) < 0) | (np.asarray(codes) >= self.n_items)
-            if bool(bad.any()):
-                raise DataError(f"item code {int(np.asarray(codes)[bad][0])} is not among the {self.n_items} items")
-        q = self.network.history[torch.as_tensor(history)].unsqueeze(0)
-        p = self.network.target[torch.as_tensor(candidates)].unsqueeze(0)
-        real = torch.ones(1, len(candidates), len(history), dtype=torch.bool, device=q.device)
-        found: Tensor = self.network.weights(q, p, real)[0]
-        return found
+        network = self.network
+        q = network.history[check_codes(history, self.n_items)].unsqueeze(0)
+        p = network.target[check_codes(candidates, self.n_items)].unsqueeze(0)
+        f = network.attention_logits(network.of_history(q), network.of_target(p))[0]
+        return smoothed(f, torch.ones_like(f, dtype=torch.bool), self.config.beta)
 
     def similarities(self, items: NDArray[np.int64]) -> Tensor:
         """`q_j . p_i` of each given item with every item, without attention."""
@@ -248,21 +274,27 @@ class OnlineScores:
     """
 
     def __init__(self, model: NAIS, history: NDArray[np.int64]) -> None:
-        self.model, n = model, model.n_items
-        self.m = torch.full((n,), -torch.inf)
-        self.S0, self.S1, self.known = torch.zeros(n), torch.zeros(n), set[int]()
-        for item in history:
-            self.add(int(item))
+        self.model, bias = model, model.network.bias.detach()
+        self.projected = model.network.of_target(model.network.target.detach()).detach().unsqueeze(0)
+        self.m = torch.full_like(bias, -torch.inf)
+        self.S0, self.S1, self.known = torch.zeros_like(bias), torch.zeros_like(bias), set[int]()
+        for item in np.asarray(history).tolist():
+            self.add(item)
 
     @torch.no_grad()
     def add(self, item: int) -> None:
-        """Take an item into the history; one that is there already changes nothing."""
+        """Take an item into the history; one that is there already changes nothing.
+
+        Raises:
+            DataError: there is no such item.
+        """
+        check_codes(np.array([item]), self.model.n_items)
         if item in self.known:
             return
         self.known.add(item)
         network = self.model.network
         q, p = network.history[item].view(1, 1, -1), network.target.unsqueeze(0)
-        f = network.attention_logits(p, q)[0, :, 0].float()
+        f = network.attention_logits(network.of_history(q), self.projected)[0, :, 0].float()
         m = torch.maximum(self.m, f)
         old, new = torch.exp(self.m - m), torch.exp(f - m)
         self.S0, self.S1, self.m = self.S0 * old + new, self.S1 * old + new * (p @ q.transpose(1, 2))[0, :, 0], m
