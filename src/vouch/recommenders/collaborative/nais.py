@@ -199,9 +199,9 @@ class NAIS(HistoryRecommender):
             raise ConfigError(
                 f"{self.config.pretrained!r} holds {found.card.slug!r}, not fism", hint="vouch train fism"
             )
-        if found.items != split.train.items:
+        if found.n_items == split.train.n_items and found.items != split.train.items:  # other sizes: see copy_tables
             raise DataError(
-                f"the pre-trained fism knows {found.n_items} other items than this log's {split.train.n_items}",
+                f"the pre-trained fism knows {found.n_items} items, but not the {split.train.n_items} of this log",
                 where=self.config.pretrained,
                 hint="pre-train it on the same data",
             )
