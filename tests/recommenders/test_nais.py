@@ -339,9 +339,9 @@ def test_beginnings(made: Split) -> None:
     for variant, fan_in in (("prod", 16), ("concat", 32)):
         network = NAISNetwork(4000, NAISConfig(variant=variant))
         for table in (network.history, network.target):
-            assert float(table.abs().max()) <= 0.02 and float(table.std()) == pytest.approx(0.0088, rel=0.02)
+            assert table.abs().max().item() <= 0.02 and table.std().item() == pytest.approx(0.0088, rel=0.02)
         std = math.sqrt(2 / (16 + fan_in))
-        assert network.W.shape == (16, fan_in) and std < float(network.W.abs().max()) <= 2 * std
+        assert network.W.shape == (16, fan_in) and std < network.W.abs().max().item() <= 2 * std
         assert (network.h == 1).all() and (network.b == 0).all() and (network.bias == 0).all()
 
 

@@ -22,7 +22,7 @@ from vouch.recommenders.collaborative.nais import NAIS
 from vouch.recommenders.collaborative.popularity import Popularity
 from vouch.training import Run
 
-BUDGET = {"smoke": (20, 4), "desk": (200, 16), "full": (500, 100)}
+BUDGET = {"smoke": (20, 4), "desk": (200, 12), "full": (500, 100)}
 """Epochs of FISM before, and of either after."""
 
 
