@@ -94,6 +94,10 @@ class Config(BaseModel):
         """A copy with some settings replaced, validated again."""
         return type(self)(**{**self.model_dump(), **values})
 
+    def value(self, name: str) -> Any:
+        """A setting by the name that `rows` gives it."""
+        return getattr(self, name)
+
     @classmethod
     def search_space(cls) -> dict[str, Search]:
         """The settings that tuning may vary, with their ranges."""

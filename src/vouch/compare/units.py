@@ -101,12 +101,16 @@ def tune(plan: Plan, method: str, units: Path, threads: int = 1) -> dict[str, An
     _set_threads(threads)
     config = base_config(plan, method)
     fixed = {text.partition("=")[0].strip() for text in plan.settings.get(method, ())}
-    space = {name: search for name, search in config.search_space().items() if name not in fixed}
+    space = {
+        name: search
+        for name, search in config.search_space().items()
+        if name not in fixed and config.value(name) is not None  # a part may have been left out
+    }
     made: Split | None = None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(seed=plan.first_seed, n_startup_trials=max(3, plan.trials // 3))
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    study.enqueue_trial({name: _nearest(search, getattr(config, name)) for name, search in space.items()})
+    study.enqueue_trial({name: _nearest(search, config.value(name)) for name, search in space.items()})
     rows: list[dict[str, Any]] = []
     for number in range(max(1, plan.trials) if space else 1):
         trial = study.ask({name: _distribution(search) for name, search in space.items()})

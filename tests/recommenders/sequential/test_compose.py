@@ -219,3 +219,9 @@ def test_every_part_has_settings_and_a_summary() -> None:
 
 def test_configs_without_parts_need_none() -> None:
     assert SequenceConfig().terms() == ["next"] and SequenceConfig().parts == {}
+
+
+def test_settings_are_found_by_the_names_of_the_table() -> None:
+    config = registry.method("actsr").Config(**{"actsr.penalty": 0.2})
+    assert config.value("actsr.penalty") == 0.2 and config.value("num_layers") == 3
+    assert registry.method("actsr").Config(attention="plain").value("actsr.penalty") is None

@@ -107,6 +107,13 @@ class SequenceConfig(TrainConfig):
         """The settings of a part."""
         return parts.settings_class(slug)(**self.parts.get(slug, {}))
 
+    def value(self, name: str) -> Any:
+        """A setting by its name; None where it is that of a part that is not in use."""
+        slug, dot, inner = name.partition(".")
+        if not dot:
+            return getattr(self, name)
+        return getattr(self.part(slug), inner) if slug in self.used_parts() else None
+
     @classmethod
     def rows(cls) -> list[SettingRow]:
         """The settings table, with those of the parts that the method uses by default."""
