@@ -27,7 +27,6 @@ from peers import run_peer, write_result
 from vouch.data import Split, split
 from vouch.data.readers import read
 from vouch.evaluation import evaluate
-from vouch.recommenders.sequential.base import Objective
 from vouch.recommenders.sequential.sasrec import SASRec
 from vouch.training import Run, fit
 
@@ -41,7 +40,6 @@ MODEL = {
 def train(made: Split, exclude: str, **settings: Any) -> dict[str, Any]:
     """Train ours; seconds of each epoch without validation, validation NDCG@10, and test NDCG@10 of the best."""
     model = SASRec(**{**MODEL, **settings})
-    model.prepare(made.train)
     checks: list[float] = []
 
     def validate() -> dict[str, float]:
@@ -51,8 +49,7 @@ def train(made: Split, exclude: str, **settings: Any) -> dict[str, Any]:
         return found
 
     torch.manual_seed(SEED)
-    model.network = model.encoder(made.train.n_items)
-    objective = Objective(model.network, "ce")
+    objective = model.begin(made)
     report = fit(
         objective,
         model.batches(made.train),
