@@ -145,6 +145,28 @@ def test_equal_gaps_are_decided_by_the_rule_for_ties() -> None:
     assert pieces(augment.mask(even, 0.2, "maximum", np.random.default_rng(0))) == [[MASK, MASK, *range(2, 10)]]
 
 
+def test_ties_do_not_depend_on_the_size_of_the_batch() -> None:
+    random = np.random.default_rng(0)
+    gaps = [[float(g) for g in random.integers(0, 3, 20) * 0.1] for _ in range(3_000)]
+    many = ragged([list(range(20))] * 3_000, gaps)
+    together = augment.windows(many, np.full(3_000, 5), "minimum", random)
+    for row in range(0, 3_000, 7):
+        alone = ragged([list(range(20))], [gaps[row]])
+        assert together[row] == augment.windows(alone, np.array([5]), "minimum", random)[0]
+
+
+def test_a_shift_of_all_times_changes_nothing() -> None:
+    """Operators see gaps only, and gaps of integer seconds are exact."""
+    times = np.array([0, 100, 350, 360, 900, 905, 1_000, 7_000])
+    found = []
+    for shift in (0, 10**9):
+        gaps = (np.diff(times + shift) / 86_400).tolist()
+        for operator in (augment.crop, augment.reorder, augment.mask):
+            made = operator(ragged([list(range(7))], [gaps]), 0.6, "minimum", np.random.default_rng(0))
+            found.append(pieces(made))
+    assert found[:3] == found[3:]
+
+
 def test_long_times_keep_their_digits() -> None:
     """Seconds over decades, differing by one second: the windows still come by their variance."""
     gaps = [1.0e9, 1.0e9 + 1, 1.0e9 + 2, 1.0e9, 1.0e9, 1.0e9, 1.0e9 + 5, 1.0e9]

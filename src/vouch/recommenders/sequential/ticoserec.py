@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from vouch.config import setting
 from vouch.data import Interactions
 from vouch.errors import DataError
-from vouch.recommenders.sequential.augment import Mode, Ragged
+from vouch.recommenders.sequential.augment import Mode, Ragged, portion
 from vouch.recommenders.sequential.contrast import DAY, CoSeRec, RatesConfig
 from vouch.recommenders.sequential.parts import Histories, Setup, part
 from vouch.recommenders.sequential.sasrec import SASRec, SASRecConfig
@@ -75,7 +75,7 @@ class TimeIntervals(CoSeRec):
         super().__init__(settings, setup)
         even = np.argsort(unevenness(log, settings.exempt_by), kind="stable")
         self.exempt = np.zeros(log.n_users, dtype=bool)
-        self.exempt[even[: int(settings.exempt * log.n_users)]] = True
+        self.exempt[even[: int(portion(settings.exempt, np.array(log.n_users)))]] = True
 
     def mode(self, operator: str) -> Mode:
         """By the settings."""
