@@ -62,7 +62,7 @@ def first_batch(model: SequentialRecommender, made: Split) -> SequenceBatch:
 
 
 def by_hand(kind: str, hidden: Tensor, table: Tensor, bias: Tensor, target: int, negatives: list[int]) -> float:
-    """The loss of one target, from the sheet of the formulas."""
+    """The loss of one target, written out."""
 
     def score(item: int) -> float:
         return float(hidden @ table[item] + bias[item])
