@@ -14,7 +14,8 @@ from vouch import registry
 from vouch.data import Catalog, Dataset, Interactions, Queries, Split, Vocabulary, split
 from vouch.errors import ConfigError, UnknownIdError
 from vouch.recommenders.sequential import parts
-from vouch.recommenders.sequential.base import SequenceConfig, SequentialRecommender
+from vouch.recommenders.sequential.base import SequentialRecommender
+from vouch.recommenders.sequential.config import SequenceConfig
 from vouch.recommenders.sequential.gru4rec import GRU4Rec
 from vouch.recommenders.sequential.sasrec import SASRec, SASRecConfig
 from vouch.training import Run

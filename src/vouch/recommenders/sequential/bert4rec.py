@@ -21,8 +21,9 @@ from vouch.config import Choice, Span, setting
 from vouch.data import Interactions, Queries
 from vouch.errors import DataError
 from vouch.nn.transformer import Context, Transformer, init_weights
-from vouch.recommenders.sequential.base import SequenceConfig, SequenceEncoder, SequentialRecommender
+from vouch.recommenders.sequential.base import SequenceEncoder, SequentialRecommender
 from vouch.recommenders.sequential.batches import MASK, Draw, SequenceBatch, by_length, draw_all, windows
+from vouch.recommenders.sequential.config import SequenceConfig
 from vouch.recommenders.sequential.parts import Attention, Histories
 from vouch.registry import Card, register
 from vouch.training import NegativeSampler

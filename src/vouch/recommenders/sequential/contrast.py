@@ -176,10 +176,6 @@ class _Operators(Augmentation):
         del histories
         return generator.integers(0, len(self.operators), len(ragged.lengths))
 
-    def similar(self) -> Similar:
-        """The similar items of now."""
-        raise NotImplementedError
-
     def view(self, histories: Histories, generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Each history under an operator of its own."""
         rows, bounds = histories.rows()
@@ -197,12 +193,8 @@ class _Operators(Augmentation):
 
     def apply(self, operator: str, ragged: Ragged, generator: np.random.Generator) -> Ragged:
         """One operator."""
-        rate, mode = getattr(self.settings, operator), self.mode(operator)
-        if operator in ("substitute", "insert"):
-            with_items = augment.substitute if operator == "substitute" else augment.insert
-            return with_items(ragged, rate, mode, self.similar(), generator)
         plain = {"crop": augment.crop, "mask": augment.mask, "reorder": augment.reorder}[operator]
-        return plain(ragged, rate, mode, generator)
+        return plain(ragged, getattr(self.settings, operator), self.mode(operator), generator)
 
 
 @part("augment", "cl4srec", "crop, mask or reorder at random places")
@@ -252,6 +244,13 @@ class CoSeRec(_Operators):
         """Uniform over all five, or over the first three where the history is short."""
         del histories
         return generator.integers(0, np.where(ragged.lengths > self.settings.short, 5, 3))
+
+    def apply(self, operator: str, ragged: Ragged, generator: np.random.Generator) -> Ragged:
+        """One operator; two of them need similar items."""
+        if operator not in ("substitute", "insert"):
+            return super().apply(operator, ragged, generator)
+        with_items = augment.substitute if operator == "substitute" else augment.insert
+        return with_items(ragged, getattr(self.settings, operator), self.mode(operator), self.similar(), generator)
 
     def begin_epoch(self, epoch: int) -> None:
         """Compare the item vectors anew where they count."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from vouch.config import Choice, setting
 from vouch.nn.dropout import Dropout
 from vouch.nn.transformer import Context, init_weights
-from vouch.recommenders.sequential.base import SequenceConfig, SequenceEncoder, SequentialRecommender
+from vouch.recommenders.sequential.base import SequenceEncoder, SequentialRecommender
+from vouch.recommenders.sequential.config import SequenceConfig
 from vouch.registry import Card, register
 
 

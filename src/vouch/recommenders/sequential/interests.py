@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vouch.config import Choice, setting
 from vouch.nn.dropout import Dropout
 from vouch.nn.transformer import Context
-from vouch.recommenders.sequential.base import SequenceConfig, SequenceEncoder, SequentialRecommender
+from vouch.recommenders.sequential.base import SequenceEncoder, SequentialRecommender
+from vouch.recommenders.sequential.config import Loss, SequenceConfig
 
 ROUNDS = 3
 
@@ -28,9 +29,7 @@ class InterestsConfig(SequenceConfig):
     merge: Literal["max", "sum"] = setting("max", "how an item's scores by all interests become one")
     max_length: int = setting(20, "most recent history items that are read", ge=2)
     dropout: float = setting(0.0, "share of the item vectors' values dropped in training", ge=0, lt=1)
-    loss: Literal["auto", "ce", "sampled_softmax", "hard_softmax", "gbce", "bce", "bpr", "top1", "bpr_max"] = setting(
-        "sampled_softmax", "next-item loss of the interest that is nearest to the target"
-    )
+    loss: Loss = setting("sampled_softmax", "next-item loss of the interest that is nearest to the target")
     negatives: int = setting(1280, "items drawn for the losses that sample (bce and bpr always draw 1)", ge=1)
     routing_size: int = setting(256, "inner size of the self-attentive routing", ge=1)
     softmax_over: Literal["items", "interests"] = setting(

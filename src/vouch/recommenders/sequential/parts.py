@@ -26,8 +26,9 @@ from vouch.errors import UnknownIdError, did_you_mean
 from vouch.nn.transformer import Context
 
 if TYPE_CHECKING:
-    from vouch.recommenders.sequential.base import SequenceConfig, SequenceEncoder, SequentialRecommender
+    from vouch.recommenders.sequential.base import SequenceEncoder, SequentialRecommender
     from vouch.recommenders.sequential.batches import SequenceBatch
+    from vouch.recommenders.sequential.config import SequenceConfig
 
 Kind = Literal["attention", "augment", "objective"]
 PartClass = TypeVar("PartClass", bound="type[Part]")

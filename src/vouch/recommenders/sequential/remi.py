@@ -22,6 +22,7 @@ from vouch.nn.transformer import Context
 from vouch.recommenders.sequential.base import SequenceEncoder, SequentialRecommender
 from vouch.recommenders.sequential.batches import SequenceBatch
 from vouch.recommenders.sequential.comirec import ComiRecSA
+from vouch.recommenders.sequential.config import Loss
 from vouch.recommenders.sequential.interests import InterestRecommender, InterestsConfig
 from vouch.recommenders.sequential.parts import Setup, Term, part
 from vouch.registry import Card, register
@@ -90,9 +91,7 @@ class REMIConfig(InterestsConfig):
     """Settings of REMI on ComiRec-SA."""
 
     objective: tuple[str, ...] = setting(("next", "remi"), "losses that are added up; += adds one")
-    loss: Literal["auto", "ce", "sampled_softmax", "hard_softmax", "gbce", "bce", "bpr", "top1", "bpr_max"] = setting(
-        "hard_softmax", "next-item loss of the interest that is nearest to the target"
-    )
+    loss: Loss = setting("hard_softmax", "next-item loss of the interest that is nearest to the target")
     hardness: float = setting(
         1.0, "how much near negatives count (beta); 0 is the plain softmax", ge=0, search=Choice((0.0, 0.1, 1.0, 10.0))
     )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vouch.config import Choice, setting
 from vouch.nn.transformer import Context, Transformer, Variant, init_weights
-from vouch.recommenders.sequential.base import SequenceConfig, SequenceEncoder, SequentialRecommender
+from vouch.recommenders.sequential.base import SequenceEncoder, SequentialRecommender
+from vouch.recommenders.sequential.config import SequenceConfig
 from vouch.recommenders.sequential.parts import Attention
 from vouch.registry import Card, register
 

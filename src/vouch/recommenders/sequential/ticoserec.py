@@ -21,6 +21,7 @@ from vouch.config import setting
 from vouch.data import Interactions
 from vouch.errors import DataError
 from vouch.recommenders.sequential.augment import Mode, Ragged, portion
+from vouch.recommenders.sequential.config import Loss
 from vouch.recommenders.sequential.contrast import DAY, CoSeRec, RatesConfig
 from vouch.recommenders.sequential.parts import Histories, Setup, part
 from vouch.recommenders.sequential.sasrec import SASRec, SASRecConfig
@@ -102,9 +103,7 @@ class TiCoSeRecConfig(SASRecConfig):
     parts: dict[str, dict[str, Any]] = setting(
         {"contrastive": {"weight": 0.1, "temperature": 1.0, "warmup_epochs": 40}}, "settings of the parts"
     )
-    loss: Literal["auto", "ce", "sampled_softmax", "hard_softmax", "gbce", "bce", "bpr", "top1", "bpr_max"] = setting(
-        "bce", "next-item loss at every position"
-    )
+    loss: Loss = setting("bce", "next-item loss at every position")
     hidden_size: int = setting(128, "length of the item and query vectors", ge=2)
     inner_size: int = setting(256, "size of the feed-forward layers; 0 is 4 x hidden_size", ge=0)
     epochs: int = setting(350, "most passes over the training log", ge=1)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from vouch.config import Choice, setting
 from vouch.nn.dropout import Dropout
 from vouch.nn.transformer import Context
-from vouch.recommenders.sequential.base import SequenceConfig, SequenceEncoder, SequentialRecommender
+from vouch.recommenders.sequential.base import SequenceEncoder, SequentialRecommender
 from vouch.recommenders.sequential.batches import SequenceBatches
+from vouch.recommenders.sequential.config import SequenceConfig
 from vouch.recommenders.session.readouts import AttenMixer, LastItem, SoftAttention
 
 
