@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("data", max_examples=40, deadline=None)
+# short logs are refused by many a split, so many examples are filtered out, and more on a busy machine
+settings.register_profile(
+    "data", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow]
+)
 settings.load_profile("data")
 
 
