@@ -135,7 +135,8 @@ class Attention(_Known):
         del dataset
         made = split(synthetic.key_item(seed, users=300 if scale == "smoke" else 3_000), "users")
         sides = [self.train(side, made, scale, seed) for side in (self.baseline_is, self.method_is)]
-        queries = made.test.queries(0, 1_000)  # of users kept apart; the histories end with noise, and the answer comes next
+        # of users kept apart; the histories end with noise, and the answer comes next
+        queries = made.test.queries(0, 1_000)
         shares = [on_keys(model, queries) for model in sides]
         ranks = measured(made, sides[0], sides[1], options={"exclude": "none"})
         low, high = (float(share.mean()) for share in shares)
