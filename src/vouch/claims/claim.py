@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vouch.data import Dataset
+from vouch.data.readers import read
 from vouch.errors import ConfigError, UnknownIdError, did_you_mean
 
 Scale = Literal["smoke", "desk", "full"]
@@ -64,8 +64,12 @@ class Claim(ABC):
     data: ClassVar[Mapping[str, str]]
 
     @abstractmethod
-    def measure(self, dataset: Dataset, scale: Scale, seed: int) -> Measurement:
+    def measure(self, dataset: Any, scale: Scale, seed: int) -> Measurement:
         """Run method and baseline once with the same budget; what is chosen is chosen on validation."""
+
+    def read(self, source: str) -> Any:
+        """The data of a source, with a `name` and a `fingerprint`; an interaction log unless a claim needs another kind."""
+        return read(source)
 
     def source(self, scale: Scale) -> str:
         """The data a scale runs on unless other data is given.

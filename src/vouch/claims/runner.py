@@ -19,7 +19,6 @@ from vouch.claims.ledger import LedgerEntry, append, default_ledger, judge
 from vouch.compare.machine import commit, describe_machine
 from vouch.data import Dataset
 from vouch.data.prepare import check_writable
-from vouch.data.readers import find_source, read
 from vouch.errors import ConfigError, StorageError, did_you_mean
 from vouch.evaluation import Interval, seed_interval, two_way_interval
 from vouch.files import atomic_file, read_json, write_json
@@ -60,20 +59,22 @@ def run_claim(
     n = seeds if seeds is not None else SEEDS[scale]
     if n < 2:
         raise ConfigError(f"{n} seed gives no interval", hint="run at least 2, better 5")
-    source = data or _published(found.source(scale))
+    source = data or found.source(scale)
     out = Path(out)
     check_writable(out)
     target = ledger or default_ledger()
     check_writable(target.parent)
     begin = time.perf_counter()
-    dataset = read(source)
-    fingerprint = dataset.interactions.fingerprint
+    dataset = found.read(source) if data else _published(found, source)
+    fingerprint = dataset.interactions.fingerprint if isinstance(dataset, Dataset) else dataset.fingerprint
     folder = out / f"{slug}-{found.variant}-{scale}-{fingerprint}-{commit() or 'installed'}"
     folder.mkdir(parents=True, exist_ok=True)
-    prepared = folder / "data"
-    if not (prepared / "dataset.json").exists():
-        dataset.save(prepared)
-    measured = _measure_all(found, prepared, scale, n, folder, jobs, on_progress or (lambda text, done, total: None))
+    opened: Path | str = source
+    if isinstance(dataset, Dataset):  # the processes open a log by memory map
+        opened = folder / "data"
+        if not (opened / "dataset.json").exists():
+            dataset.save(opened)
+    measured = _measure_all(found, opened, scale, n, folder, jobs, on_progress or (lambda text, done, total: None))
     interval = effect_interval(measured)
     entry = LedgerEntry(
         slug=slug,
@@ -114,15 +115,13 @@ def run_claim(
     return entry
 
 
-def _published(source: str) -> str:
-    """A claim's own data set, if it is on this machine."""
-    if source != "world":
-        try:
-            find_source(source)
-        except StorageError as error:
-            hint = "set VOUCH_DATA to the folder that holds it, or run the claim on your own data with --data"
-            raise StorageError(f"the data set {source!r} of this claim is not here", hint=hint) from error
-    return source
+def _published(found: Claim, source: str) -> Any:
+    """A claim's own data, if it is on this machine."""
+    try:
+        return found.read(source)
+    except StorageError as error:
+        hint = "set VOUCH_DATA to the folder that holds it, or run the claim on your own data with --data"
+        raise StorageError(f"the data {source!r} of this claim is not here", hint=hint) from error
 
 
 def verdict(interval: Interval) -> str:
@@ -140,7 +139,7 @@ def effect_interval(measured: Sequence[Measurement]) -> Interval:
 
 def _measure_all(
     found: Claim,
-    prepared: Path,
+    opened: Path | str,
     scale: Scale,
     n: int,
     folder: Path,
@@ -156,7 +155,7 @@ def _measure_all(
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
             futures = {
-                pool.submit(_measure_seed, found.slug, found.variant, prepared, scale, seed, folder, threads): seed
+                pool.submit(_measure_seed, found.slug, found.variant, opened, scale, seed, folder, threads): seed
                 for seed in missing
             }
             try:
@@ -170,12 +169,16 @@ def _measure_all(
     return [_load(folder, seed) for seed in range(n)]
 
 
-def _measure_seed(slug: str, variant: str, prepared: Path, scale: Scale, seed: int, folder: Path, threads: int) -> None:
+def _measure_seed(
+    slug: str, variant: str, opened: Path | str, scale: Scale, seed: int, folder: Path, threads: int
+) -> None:
     import torch
 
     torch.set_num_threads(threads)
     begin = time.perf_counter()
-    measured = claim(slug, variant).measure(Dataset.open(prepared), scale, seed)
+    found = claim(slug, variant)
+    data = Dataset.open(opened) if isinstance(opened, Path) else found.read(opened)
+    measured = found.measure(data, scale, seed)
     measured = replace(measured, seconds=round(time.perf_counter() - begin, 1))
     if measured.method_cases is not None and measured.baseline_cases is not None:
         with atomic_file(folder / f"seed-{seed}.npz") as aside, aside.open("wb") as file:

@@ -1,0 +1,1 @@
+"""What other networks know, in one: ensembles distilled, and learning from prediction services."""

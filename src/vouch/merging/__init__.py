@@ -1,0 +1,1 @@
+"""Several networks made one without their training data: merging of weights, and correction of what it distorts."""
