@@ -50,8 +50,8 @@ class Images:
     def fingerprint(self) -> str:
         """A hash of pictures and labels."""
         digest = hashlib.blake2b(digest_size=8)
-        digest.update(np.ascontiguousarray(self.pixels))
-        digest.update(np.ascontiguousarray(self.label))
+        digest.update(np.ascontiguousarray(self.pixels).data)
+        digest.update(np.ascontiguousarray(self.label).data)
         return digest.hexdigest()
 
     def rows(self, index: Any) -> Images:
@@ -98,7 +98,9 @@ def drawn(
     moved = np.stack([shift(patterns[c], random.uniform(-2, 2, 2), mode="wrap", order=1) for c in label])
     grey = 0.5 + 0.35 * moved * random.uniform(0.6, 1.2, (n, 1, 1)) + random.normal(0, 0.12, (n, size, size))
     pixels = (grey.clip(0, 1) * 255).astype(np.uint8)[..., None]
-    return Images(f"drawn {style}", pixels, label.astype(np.int64), tuple(f"pattern {c}" for c in range(classes)), n_train)
+    return Images(
+        f"drawn {style}", pixels, label.astype(np.int64), tuple(f"pattern {c}" for c in range(classes)), n_train
+    )
 
 
 def read_images(source: str) -> Images:
@@ -167,7 +169,11 @@ def _from_zips(name: str, zips: list[Path]) -> Images:
     files: list[tuple[bool, str, Any]] = []
     for path in zips:
         with zipfile.ZipFile(path) as archive:
-            files += [("test" in m.split("/")[0], m.split("/")[-2], archive.read(m)) for m in archive.namelist() if m[-1] != "/"]
+            files += [
+                ("test" in m.split("/")[0], m.split("/")[-2], archive.read(m))
+                for m in archive.namelist()
+                if m[-1] != "/"
+            ]
     return _decoded(name, files)
 
 
