@@ -13,14 +13,13 @@ import numpy as np
 
 from vouch.claims import synthetic
 from vouch.claims.claim import Measurement, Scale, register_claim
-from vouch.claims.protocol import SEQUENTIAL, Pair, measured
+from vouch.claims.protocol import RATES, SEQUENTIAL, Pair, measured
 from vouch.data import Catalog, Dataset, Split, split
-from vouch.evaluation import evaluate
 
 SHAPE: dict[str, Any] = {**SEQUENTIAL, "num_layers": 2, "num_heads": 2, "inner_size": 64}
 DECOUPLED: dict[str, Any] = {"attention": "difsr", "difsr.predict": 5.0}
-PREDICT = (0.0, 5.0)
-"""Weights of the attribute predictor, of which validation chooses one."""
+PREDICT = ({"difsr.predict": 0.0}, {"difsr.predict": 5.0})
+"""Weights of the attribute predictor, of which validation chooses one; the other side chooses its learning rate."""
 
 
 class _Accuracy(Pair):
@@ -36,15 +35,8 @@ class _Accuracy(Pair):
 
 
 class _Chosen(_Accuracy):
-    def measure(self, dataset: Dataset, scale: Scale, seed: int) -> Measurement:
-        """The method with each weight of the predictor, of which validation chooses one."""
-        made = self.prepare(dataset, scale, seed)
-        baseline = self.train(self.baseline_is, made, scale, seed)
-        slug, settings = self.method_is
-        tried = [self.train((slug, {**settings, "difsr.predict": weight}), made, scale, seed) for weight in PREDICT]
-        values = [evaluate(model, made.valid, metrics=[self.metric]).metrics[self.metric] for model in tried]
-        best = int(np.argmax(values))
-        return measured(made, baseline, tried[best], self.metric, also=self.also, predict=PREDICT[best])
+    baseline_tries: ClassVar[tuple[dict[str, Any], ...]] = RATES[:2]
+    method_tries: ClassVar[tuple[dict[str, Any], ...]] = PREDICT
 
 
 @register_claim
@@ -137,7 +129,7 @@ class Shuffled(_Accuracy):
 
 
 @register_claim
-class Categories(_Accuracy):
+class Categories(_Chosen):
     """Where the category is all there is to know."""
 
     variant = "categories"
@@ -158,9 +150,10 @@ class Categories(_Accuracy):
     def measure(self, dataset: Dataset, scale: Scale, seed: int) -> Measurement:
         """Both, and DIF-SR with the wrong attributes in the details."""
         made = self.prepare(dataset, scale, seed)
-        sides = [self.train(side, made, scale, seed) for side in (self.baseline_is, self.method_is)]
-        wrong = self.train(self.method_is, replace(made, dataset=shuffled(made.dataset, seed)), scale, seed)
-        found = measured(made, sides[0], sides[1], self.metric, also=self.also, others={"shuffled": wrong})
+        baseline, method, chosen = self.sides(made, scale, seed)
+        other = replace(made, dataset=shuffled(made.dataset, seed))
+        wrong = self.best(self.method_is, self.method_tries, other, scale, seed)[0]
+        found = measured(made, baseline, method, self.metric, also=self.also, others={"shuffled": wrong}, **chosen)
         assert found.baseline_cases is not None
         doubled = 2 * found.baseline
         return Measurement(

@@ -61,6 +61,8 @@ def measured(
     return Measurement(a, b, b - a, low.per_case[metric], high.per_case[metric], {**more, **details})
 
 
+RATES: tuple[dict[str, Any], ...] = ({"learning_rate": 1e-3}, {"learning_rate": 3e-4}, {"learning_rate": 3e-3})
+"""What a side without settings of its own to choose tries, so that both have as many."""
 BUDGET: dict[str, dict[str, Any]] = {
     "smoke": {"epochs": 2, "hidden_size": 16, "negatives": 32, "max_length": 10},
     "desk": {"epochs": 24, "evaluate_every": 3, "hidden_size": 64, "negatives": 512},
@@ -78,10 +80,13 @@ class Pair(Claim):
     Attributes:
         baseline_is, method_is: slug and settings of each side; the scale's budget and `shared` stand below them.
         shared: settings of both. users: how many are kept at desk.
+        baseline_tries, method_tries: further settings of each side, of which validation chooses; as many for both.
     """
 
     baseline_is: ClassVar[tuple[str, Mapping[str, Any]]]
     method_is: ClassVar[tuple[str, Mapping[str, Any]]]
+    baseline_tries: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    method_tries: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     shared: ClassVar[Mapping[str, Any]] = SEQUENTIAL
     users: ClassVar[int] = USERS
     metric = "NDCG@10"
@@ -106,19 +111,45 @@ class Pair(Claim):
         }
         model = kind(**known)
         report = model.fit(made, Run(seed=seed))
-        self.seconds[side[0], str(side[1])] = report.seconds / max(1, report.epochs)
+        self.seconds[side[0], str(dict(side[1]))] = report.seconds / max(1, report.epochs)
         return model
+
+    def best(
+        self,
+        side: tuple[str, Mapping[str, Any]],
+        tries: tuple[Mapping[str, Any], ...],
+        made: Split,
+        scale: Scale,
+        seed: int,
+    ) -> tuple[Any, dict[str, Any]]:
+        """One side with the settings, of those tried, that validation likes best; and which these are."""
+        tries = tries[:1] if scale == "smoke" else tries
+        if len(tries) == 1:
+            return self.train((side[0], {**side[1], **tries[0]}), made, scale, seed), dict(tries[0])
+        models = [self.train((side[0], {**side[1], **each}), made, scale, seed) for each in tries]
+        values = [evaluate(m, made.valid, metrics=[self.metric], **self.options()).metrics[self.metric] for m in models]
+        return models[int(np.argmax(values))], dict(tries[int(np.argmax(values))])
+
+    def sides(self, made: Split, scale: Scale, seed: int) -> tuple[Any, Any, dict[str, Any]]:
+        """Baseline and method, trained, and the settings that were chosen."""
+        baseline, low = self.best(self.baseline_is, self.baseline_tries, made, scale, seed)
+        method, high = self.best(self.method_is, self.method_tries, made, scale, seed)
+        chosen = {
+            f"{who}_{name}": value for who, of in (("baseline", low), ("method", high)) for name, value in of.items()
+        }
+        return baseline, method, chosen
 
     def measure(self, dataset: Dataset, scale: Scale, seed: int) -> Measurement:
         """Train both and pair them case by case."""
         made = self.prepare(dataset, scale, seed)
-        baseline, method = (self.train(side, made, scale, seed) for side in (self.baseline_is, self.method_is))
-        more = {**getattr(method, "diagnostics", {}), **self.cost()}
+        baseline, method, chosen = self.sides(made, scale, seed)
+        more = {**chosen, **getattr(method, "diagnostics", {}), **self.cost()}
         return measured(made, baseline, method, self.metric, also=self.also, options=self.options(), **more)
 
     def cost(self) -> dict[str, float]:
         """Seconds of an epoch, validation included, of method by baseline."""
-        low, high = (self.seconds.get((side[0], str(side[1])), 0.0) for side in (self.baseline_is, self.method_is))
+        first = ((self.baseline_is, self.baseline_tries[0]), (self.method_is, self.method_tries[0]))
+        low, high = (self.seconds.get((side[0], str({**side[1], **each})), 0.0) for side, each in first)
         return {"epoch_seconds_ratio": high / low} if low > 0 and high > 0 else {}
 
     def options(self) -> dict[str, Any]:

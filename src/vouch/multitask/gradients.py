@@ -20,7 +20,9 @@ def named(losses: Losses) -> dict[str, Tensor]:
         ConfigError: there is none, or one is not a scalar.
         TrainingError: one is not a finite number; the message names the task.
     """
-    found = dict(losses) if isinstance(losses, Mapping) else {f"task {number}": loss for number, loss in enumerate(losses)}
+    found = (
+        dict(losses) if isinstance(losses, Mapping) else {f"task {number}": loss for number, loss in enumerate(losses)}
+    )
     if not found:
         raise ConfigError("there are no losses to balance", hint="give one scalar for each task")
     for task, loss in found.items():

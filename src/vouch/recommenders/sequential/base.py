@@ -147,6 +147,7 @@ class NextItem(Term):
         self.loss, self.calibration, self.hardness = setup.recommender.loss_kind(), config.calibration, config.hardness
         self.log_q: Tensor | None
         self.register_buffer("log_q", setup.recommender.log_q(setup.split.train), persistent=False)
+        self.seen: tuple[Tensor, Tensor] | None = None
 
     def forward(
         self, encoder: SequenceEncoder, hidden_BTD: Tensor, batch: SequenceBatch, context: Context
@@ -168,6 +169,7 @@ class NextItem(Term):
         if self.loss == "sampled_softmax":
             return losses.sampled_softmax(hidden, table, target, negatives, log_q=self.log_q, bias=bias, weight=weight)
         if self.loss == "hard_softmax":
+            self.seen = (hidden.detach(), table.detach()[negatives])
             return losses.hard_softmax(
                 hidden, table, target, negatives, hardness=self.hardness, log_q=self.log_q, bias=bias, weight=weight
             )
@@ -183,6 +185,14 @@ class NextItem(Term):
             n_items, t = encoder.n_items, self.calibration
             return losses.gbce(positive, negative, n_items=n_items, calibration=t, weight=weight)
         return PAIRWISE[self.loss](positive, negative, weight=weight)
+
+    def diagnose(self) -> dict[str, float]:
+        """With hard negatives, how many of them count: `(sum w)^2 / sum w^2` of their weights in the last batch."""
+        if self.seen is None:
+            return {}
+        hidden, negatives = self.seen
+        weights = torch.softmax(self.hardness * (hidden @ negatives.T).float(), -1)
+        return {"effective_negatives": float((1 / weights.square().sum(-1)).mean())}
 
 
 class SequentialRecommender(Recommender):
@@ -306,11 +316,25 @@ class SequentialRecommender(Recommender):
             config.max_length,
             every_window=config.every_window,
             sampler=sampler,
-            negatives=min(config.negatives, log.n_items) if kind in SHARED else 1,
+            negatives=self._negatives(log) if kind in SHARED else 1,
             shared=kind in SHARED,
             draws=draws,
             least=config.min_history,
         )
+
+    def _negatives(self, log: Interactions) -> int:
+        """How many items a batch draws. The default shrinks to a small catalogue; a number that was asked for does not.
+
+        Raises:
+            ConfigError: more are asked for than there are items.
+        """
+        config = self.config
+        if config.negatives > log.n_items and "negatives" in config.model_fields_set:
+            raise ConfigError(
+                f"negatives is {config.negatives:,} and there are {log.n_items:,} items",
+                hint="ask for fewer, or set loss=ce, which compares with all of them",
+            )
+        return int(min(config.negatives, log.n_items))
 
     def batch_type(self) -> type[SequenceBatches]:
         """The class of the batches."""

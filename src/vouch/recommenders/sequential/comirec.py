@@ -1,10 +1,11 @@
-"""ComiRec and MIND: several interests for each history, trained with uniform sampled negatives.
+"""ComiRec and MIND, several interests for each history; and average pooling, one. Uniform sampled negatives.
 
 Sources: Controllable Multi-Interest Framework for Recommendation, arXiv 2005.09347; Multi-Interest Network with Dynamic
-Routing, arXiv 1904.08030. What differs: every position of a history is learned from, in one pass (the papers draw one
-position for each user and step); the routing softmax of DR and MIND is over the items by default, as in the port that
-published comparisons use, and over the interests by `softmax_over=interests`. MIND starts its routing from one draw
-that is kept with the model.
+Routing, arXiv 1904.08030; Deep Neural Networks for YouTube Recommendations (RecSys 2016), of which only the average is
+here. What differs: every position of a history is learned from, in one pass (the papers draw one position for each user
+and step); the routing softmax of DR and MIND is over the items by default, as in the port that published comparisons
+use, and over the interests by `softmax_over=interests`. MIND starts its routing from one draw that is kept with the
+model.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from vouch.config import setting
-from vouch.recommenders.sequential.interests import Dynamic, InterestRecommender, InterestsConfig, SelfAttentive
+from vouch.recommenders.sequential.interests import (
+    Average,
+    Dynamic,
+    InterestRecommender,
+    InterestsConfig,
+    SelfAttentive,
+)
 from vouch.registry import Card, register
 
 
@@ -87,3 +94,30 @@ class MIND(InterestRecommender):
         """A new encoder."""
         del facts
         return Dynamic(n_items, self.config, shared=True, relu=self.config.relu)
+
+
+class PoolingConfig(InterestsConfig):
+    """Settings of average pooling."""
+
+    interests: int = setting(1, "vectors for each history (K)", ge=1, le=1)
+
+
+@register(
+    Card(
+        slug="youtube-dnn",
+        name="YouTube DNN",
+        area="recommenders/sequential",
+        summary="the mean of the history through a dense layer",
+        year=2016,
+        baseline=True,
+    )
+)
+class YouTubeDNN(InterestRecommender):
+    """Average pooling."""
+
+    Config = PoolingConfig
+
+    def encoder(self, n_items: int, facts: dict[str, Tensor]) -> Average:
+        """A new encoder."""
+        del facts
+        return Average(n_items, self.config)

@@ -151,7 +151,7 @@ class Equivariance(Term):
         config = setup.recommender.config
         size, self.longest = config.hidden_size, int(config.max_length)
         self.n_items = setup.encoder.n_items
-        self.found: dict[str, Tensor] = {}
+        self.told = torch.zeros(4, dtype=torch.float64)
         self.generator = Generator(size, self.longest, config.dropout, settings)
         self.verdict = nn.Linear(size, 1, bias=False)
         self.joint = nn.Linear(2 * size, size, bias=False) if settings.combine == "cat" else None
@@ -252,20 +252,30 @@ class Equivariance(Term):
         real = batch.items >= 0
         logits = self.verdict(D_BTD).squeeze(-1)[real].float()
         replaced = (edited != batch.items)[real].float()
-        self.found = {"logits": logits.detach(), "replaced": replaced}
+        self.told += judged(logits.detach(), replaced.bool()).cpu()
         return F.binary_cross_entropy_with_logits(logits, replaced)
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Measure each epoch anew."""
+        super().begin_epoch(epoch)
+        self.told.zero_()
+
     def diagnose(self) -> dict[str, float]:
-        """Share of replaced items in the last batch, and the discriminator's area under the curve there."""
-        if not self.found:
-            return {}
-        logits, replaced = self.found["logits"], self.found["replaced"].bool()
-        found = {"eclsr.replaced": float(replaced.float().mean())}
-        if bool(replaced.any()) and not bool(replaced.all()):
-            one, other = logits[replaced], logits[~replaced]
-            above = (one.unsqueeze(1) > other).float() + 0.5 * (one.unsqueeze(1) == other).float()
-            found["eclsr.auc"] = float(above.mean())
-        return found
+        """Over the last epoch: the share of replaced items, and the discriminator's area under the curve in a batch."""
+        won, pairs, replaced, items = self.told.tolist()
+        found = {"eclsr.replaced": replaced / items} if items else {}
+        return {**found, "eclsr.auc": won / pairs} if pairs else found
+
+
+def judged(logits: Tensor, replaced: Tensor) -> Tensor:
+    """Pairs of a replaced and a true item that are told right (ties are half), all pairs, replaced items, items `(4,)`."""
+    values, place = torch.unique(logits, return_inverse=True)
+    counts = logits.new_zeros((2, len(values)), dtype=torch.float64)
+    counts.index_put_((replaced.long(), place), logits.new_ones(len(place), dtype=torch.float64), accumulate=True)
+    true, false = counts
+    below = true.cumsum(0) - true
+    won = (false * (below + true / 2)).sum()
+    return torch.stack([won, true.sum() * false.sum(), false.sum(), counts.sum()])
 
 
 class ECLSRConfig(SASRecConfig):

@@ -92,6 +92,23 @@ class SelfAttentive(InterestEncoder):
         return torch.einsum("btkl,bld->btkd", A.to(h_BLD.dtype), h_BLD), A
 
 
+class Average(InterestEncoder):
+    """One vector: the mean of the history through a dense layer; its routing is even."""
+
+    def __init__(self, n_items: int, config: InterestsConfig) -> None:
+        super().__init__(n_items, config)
+        self.interests = 1
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def route(self, h_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """The means of all prefixes, by cumulative sums."""
+        B, T, _ = h_BLD.shape
+        count = torch.arange(1, T + 1, device=h_BLD.device)
+        mean = h_BLD.cumsum(1) / count.unsqueeze(1)
+        even = (prefixes(T, h_BLD.device) / count.view(T, 1, 1)).expand(B, T, 1, T)
+        return self.dense(mean).unsqueeze(2), even
+
+
 class Dynamic(InterestEncoder):
     """ComiRec-DR and MIND: capsules routed by agreement, with gradients through the last round only."""
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vouch.config import Choice, Config, setting
@@ -114,14 +116,8 @@ class REMI(ComiRecSA):
 
 
 @torch.no_grad()
-def routing_report(model: InterestRecommender, queries: Any) -> dict[str, float]:
-    """How the routing of given histories looks: means over histories and interests.
-
-    `largest_weight` is the greatest weight of one item, 1 where an interest has collapsed; `effective_items` is
-    `exp(entropy)`, the number of items that it amounts to.
-    """
-    import numpy as np
-
+def routing(model: InterestRecommender, queries: Any) -> tuple[Tensor, Any, Any]:
+    """The routing weights `(B, K, L)` of given histories, their item codes `(B, L)` and their lengths `(B,)`."""
     lengths = np.minimum(queries.lengths, model.reads)
     items, lengths = model.inputs(queries, np.arange(len(queries)), lengths)
     context = Context()
@@ -129,10 +125,23 @@ def routing_report(model: InterestRecommender, queries: Any) -> dict[str, float]
     model.network.eval()
     model.network(torch.from_numpy(items), torch.from_numpy(lengths), context)
     model.network.train(was_training)
-    routing = context.notes["routing"][0][torch.arange(len(items)), torch.from_numpy(lengths - 1)]  # (B, K, L)
-    entropy = -(routing * torch.log(routing.clamp(min=1e-30))).sum(-1)
+    A = context.notes["routing"][0][torch.arange(len(items)), torch.from_numpy(lengths - 1)]
+    return A, items, lengths
+
+
+def routing_report(model: InterestRecommender, queries: Any) -> dict[str, float]:
+    """How the routing of given histories looks: means over histories and interests.
+
+    `largest_weight` is the greatest weight of one item, 1 where an interest has collapsed; `effective_items` is
+    `exp(entropy)`, the number of items that it amounts to; `fixed_place` is how often an interest rests on the place
+    of the history that it rests on most, 1 where it looks at a place and not at what is there.
+    """
+    A, _, lengths = routing(model, queries)
+    entropy = -(A * torch.log(A.clamp(min=1e-30))).sum(-1)
+    places = F.one_hot(A.argmax(-1), A.shape[-1]).float().mean(0)  # (K, L)
     return {
-        "largest_weight": float(routing.amax(-1).mean()),
+        "largest_weight": float(A.amax(-1).mean()),
         "effective_items": float(torch.exp(entropy).mean()),
+        "fixed_place": float(places.amax(-1).mean()),
         "length": float(np.mean(lengths)),
     }
