@@ -19,8 +19,8 @@ from vouch.data import Dataset, Queries, Split, split
 
 SHAPE: dict[str, Any] = {**SEQUENTIAL, "num_layers": 2, "num_heads": 2, "inner_size": 256}
 WITH: dict[str, Any] = {"objective": ("next", "eclsr")}
-DISCRIMINATE: tuple[dict[str, Any], ...] = tuple({"eclsr.discriminate": weight} for weight in (0.01, 0.1, 1.0))
-CONTRAST: tuple[dict[str, Any], ...] = tuple({"eclsr.contrast": weight} for weight in (0.1, 0.03, 0.3))
+DISCRIMINATE: tuple[dict[str, Any], ...] = tuple({"eclsr.discriminate": weight} for weight in (0.01, 1.0))
+CONTRAST: tuple[dict[str, Any], ...] = tuple({"eclsr.contrast": weight} for weight in (0.1, 0.3))
 NO_EQUIVARIANCE = {"eclsr.discriminate": 0.0, "eclsr.generate": 0.0}
 
 
@@ -52,7 +52,7 @@ class AgainstSASRec(_Accuracy):
     variant = "sasrec"
     statement = "ECL-SR has a higher test NDCG@10 than SASRec of equal size."
     baseline = "SASRec"
-    baseline_tries = RATES
+    baseline_tries = RATES[:2]
     baseline_is: ClassVar[tuple[str, dict[str, Any]]] = ("sasrec", {})
 
 
@@ -158,7 +158,7 @@ class Key(_Accuracy):
     )
     data = {"smoke": "world", "desk": "world", "full": "world"}
     baseline = "SASRec, invariant to replacement"
-    baseline_tries = RATES
+    baseline_tries = RATES[:2]
     baseline_is: ClassVar[tuple[str, dict[str, Any]]] = (
         "sasrec",
         {**WITH, "eclsr.contrast": 1.0, "eclsr.discriminate": 0.0, "eclsr.invariant_to": "replacement"},
