@@ -126,15 +126,16 @@ class AdaTask(torch.optim.Optimizer):
             self._sort({id(p) for p, by in zip(every, reach, strict=True) if len(by) > 1})
         is_shared = {id(p) for group in self.param_groups if group["shared"] for p in group["params"]}
         shared = [p for p in every if id(p) in is_shared]
-        by_task, own = self._gradients(values, every, reach, shared)
+        by_task, own = self._gradients(tasks, values, every, reach, shared)
         if transform is not None:
             by_task = transform(by_task)
         for task, gradients in zip(tasks, by_task, strict=True):
             given = [g for g in (*gradients, *(g for g, by in own.values() if by == task)) if g is not None]
+            if not given:
+                continue
             if scale != 1.0:
                 torch._foreach_mul_(given, 1 / scale)
-            norms = torch.stack(torch._foreach_norm(given)) if given else torch.zeros(1)
-            norm = torch.linalg.vector_norm(norms)
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(given)))
             if not bool(torch.isfinite(norm)):
                 if scale != 1.0:
                     return False
@@ -161,7 +162,7 @@ class AdaTask(torch.optim.Optimizer):
         return found
 
     def _gradients(
-        self, losses: list[Tensor], every: list[Tensor], reach: list[set[int]], shared: list[Tensor]
+        self, tasks: list[str], losses: list[Tensor], every: list[Tensor], reach: list[set[int]], shared: list[Tensor]
     ) -> tuple[Gradients, dict[int, tuple[Tensor, str]]]:
         """By task those of the shared parameters; and by parameter that of one task's own, with the task."""
         is_shared = {id(p) for p in shared}
@@ -183,8 +184,7 @@ class AdaTask(torch.optim.Optimizer):
                 if gradient is not None and gradient.is_sparse:
                     raise ConfigError("gradients are sparse", hint="make the embedding with sparse=False")
             by_task.append([None if g is None else g.contiguous() for g in found[: len(shared)]])
-            task = self.tasks[k] if len(losses) == len(self.tasks) else ""
-            own.update({id(p): (g, task) for p, g in zip(mine, found[len(shared) :], strict=True) if g is not None})
+            own.update({id(p): (g, tasks[k]) for p, g in zip(mine, found[len(shared) :], strict=True) if g is not None})
         return by_task, own
 
     def _update(self, places: list[int], by_parameter: dict[int, list[Tensor | None]], own: dict[int, Tensor]) -> None:
@@ -192,7 +192,8 @@ class AdaTask(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["weight_decay"]:
                 moved = [p for p in group["params"] if id(p) in by_parameter or id(p) in own]
-                torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"])
+                if moved:
+                    torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"])
             if not group["shared"]:
                 chosen = [(p, own[id(p)]) for p in group["params"] if id(p) in own]
                 self._move(group, [p for p, _ in chosen], [g for _, g in chosen], None, 0, 1)
