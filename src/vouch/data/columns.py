@@ -38,6 +38,8 @@ USUAL: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Names recognised without a mapping, best first; in lower case, with spaces and dashes as underscores."""
 
+FEEDBACK = "feedback"
+"""The role of further signals: several columns, joined by `+`; they keep their names."""
 NOT_AN_ID = ("", "nan", "NaN")
 """What programs write for a missing id, after the space around it is taken away."""
 
@@ -80,8 +82,21 @@ class RawLog:
 
     def choose(self, mapping: Mapping[str, str] | None) -> None:
         """Keep only the columns with a role, under the role's name."""
-        self.columns = choose_columns(self.frame.collect_schema().names(), mapping, str(self.source))
-        self.frame = self.frame.select([pl.col(column).alias(role) for role, column in self.columns.items()])
+        found = self.frame.collect_schema().names()
+        signals = [name for name in (mapping or {}).get(FEEDBACK, "").split("+") if name]
+        roles = {role: name for role, name in (mapping or {}).items() if role != FEEDBACK}
+        for name in signals:
+            if name not in found:
+                raise DataError(
+                    f"there is no column {name!r} (wanted as feedback)",
+                    where=str(self.source),
+                    hint=f"columns are: {', '.join(found)}",
+                )
+        self.columns = choose_columns(found, roles, str(self.source))
+        self.frame = self.frame.select(
+            [pl.col(column).alias(role) for role, column in self.columns.items()]
+            + [pl.col(name).cast(pl.Float32, strict=False).alias(f"{FEEDBACK} {name}") for name in signals]
+        )
         unusual = {role: column for role, column in self.columns.items() if role != column}
         if unusual:
             self.notes["columns"] = unusual
@@ -171,6 +186,7 @@ def encode(raw: RawLog) -> Interactions:
     columns: dict[str, NDArray[Any]] = {}
     labels: dict[str, list[str]] = {}
     vocabularies: dict[str, Vocabulary] = {}
+    signals: dict[str, NDArray[np.float32]] = {}
     for name in schema.names():
         column = frame[name]
         frame = frame.drop(name)  # so that each column is freed once it is coded
@@ -179,6 +195,10 @@ def encode(raw: RawLog) -> Interactions:
                 vocabularies[name], columns[name] = _codes(column)
             elif name == "time":
                 columns[name], notes["time_unit"] = to_seconds(column)
+            elif name.startswith(f"{FEEDBACK} "):
+                signals[name.removeprefix(f"{FEEDBACK} ")] = (
+                    column.fill_null(float("nan")).to_numpy().astype(np.float32)
+                )
             elif name == "value":
                 columns[name] = to_numbers(column).astype(OPTIONAL["value"])
             else:
@@ -188,13 +208,22 @@ def encode(raw: RawLog) -> Interactions:
     notes["source"] = raw.source.shown.name
     user, item = columns.pop("user"), columns.pop("item")
     return Interactions.from_codes(
-        vocabularies["user"], vocabularies["item"], user, item, columns=columns, labels=labels, notes=notes
+        vocabularies["user"],
+        vocabularies["item"],
+        user,
+        item,
+        columns=columns,
+        feedback=signals,
+        labels=labels,
+        notes=notes,
     )
 
 
 def _narrow(name: str, dtype: pl.DataType, raw: RawLog) -> list[pl.Expr]:
     """A column in its narrowest form, and for numbers read from text whether nothing was lost."""
     column = pl.col(name)
+    if name.startswith(f"{FEEDBACK} "):
+        return [column]
     if name in ("time", "value"):
         if dtype != pl.String:
             return [column]

@@ -37,6 +37,8 @@ class Interactions:
         time: int64 `(n,)` seconds since 1970 UTC, or None.
         value: float32 `(n,)` rating or weight, or None.
         scenario, domain: int16 `(n,)` codes into `labels["scenario"]`, `labels["domain"]`, or None.
+        feedback: further signals of each row, float32 `(n,)` by name, NaN where unknown: what several objectives are
+            trained on (clicked, liked, seconds watched).
         labels: names of the codes of `scenario` and `domain`.
         notes: how the log was made (source, filters, rows dropped); plain JSON.
     """
@@ -49,6 +51,7 @@ class Interactions:
     value: NDArray[np.float32] | None = None
     scenario: NDArray[np.int16] | None = None
     domain: NDArray[np.int16] | None = None
+    feedback: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     labels: Mapping[str, list[str]] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -62,6 +65,7 @@ class Interactions:
         value: ArrayLike | None = None,
         scenario: ArrayLike | None = None,
         domain: ArrayLike | None = None,
+        feedback: Mapping[str, ArrayLike] | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> Interactions:
         """Build from columns of original ids `(n,)` in any order.
@@ -88,10 +92,13 @@ class Interactions:
         for name, raw in (("time", time), ("value", value)):
             if raw is not None:
                 columns[name] = _finite(name, np.asarray(raw)).astype(OPTIONAL[name])
-        for name, column in columns.items():
+        signals = {name: np.asarray(raw, dtype=np.float32) for name, raw in (feedback or {}).items()}
+        for name, column in (*columns.items(), *signals.items()):
             if column.shape != raw_user.shape:
                 raise DataError(f"{name} has shape {column.shape}, user has {raw_user.shape}")
-        return cls.from_codes(users, items, user_codes, item_codes, columns=columns, labels=labels, notes=notes)
+        return cls.from_codes(
+            users, items, user_codes, item_codes, columns=columns, feedback=signals, labels=labels, notes=notes
+        )
 
     @classmethod
     def from_codes(
@@ -102,6 +109,7 @@ class Interactions:
         item: NDArray[Any],
         *,
         columns: Mapping[str, NDArray[Any]] | None = None,
+        feedback: Mapping[str, NDArray[np.float32]] | None = None,
         labels: Mapping[str, list[str]] | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> Interactions:
@@ -121,6 +129,7 @@ class Interactions:
             _frozen(offsets),
             _frozen(item[order].astype(np.int32, copy=False)),
             **{name: _frozen(column[order].astype(OPTIONAL[name], copy=False)) for name, column in columns.items()},
+            feedback={name: _frozen(signal[order]) for name, signal in (feedback or {}).items()},
             labels=dict(labels or {}),
             notes={**(notes or {}), **({"rows_out_of_order": out_of_order} if out_of_order else {})},
         )
@@ -129,7 +138,7 @@ class Interactions:
         return len(self.item)
 
     def __repr__(self) -> str:
-        extra = [name for name in OPTIONAL if getattr(self, name) is not None]
+        extra = [*(name for name in OPTIONAL if getattr(self, name) is not None), *self.feedback]
         with_extra = f", with {', '.join(extra)}" if extra else ""
         return f"Interactions({len(self):,} rows, {self.n_users:,} users, {self.n_items:,} items{with_extra})"
 
@@ -174,6 +183,7 @@ class Interactions:
             _frozen(offsets),
             _frozen(self.item[keep]),
             **{name: None if column is None else _frozen(column[keep]) for name, column in columns.items()},
+            feedback={name: _frozen(signal[keep]) for name, signal in self.feedback.items()},
             labels=self.labels,
             notes={**_without_fingerprint(self.notes), **(notes or {})},
         )
@@ -191,6 +201,7 @@ class Interactions:
             _frozen(np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths[users])])),
             _frozen(new_code[self.item]),
             **{name: getattr(self, name) for name in OPTIONAL},
+            feedback=self.feedback,
             labels=self.labels,
             notes={**_without_fingerprint(self.notes), **(notes or {})},
         )
@@ -215,6 +226,7 @@ class Interactions:
             return str(self.notes["fingerprint"])
         digest = hashlib.blake2b(digest_size=8)
         columns = {name: getattr(self, name) for name in ("offsets", "item", *OPTIONAL)}
+        columns |= {f"feedback {name}": signal for name, signal in self.feedback.items()}
         columns |= {f"users {name}": column for name, column in self.users.arrays().items()}
         columns |= {f"items {name}": column for name, column in self.items.arrays().items()}
         for name, column in columns.items():
@@ -235,8 +247,11 @@ class Interactions:
             for name in OPTIONAL:
                 if getattr(self, name) is not None:
                     np.save(aside / f"{name}.npy", getattr(self, name))
+            for at, signal in enumerate(self.feedback.values()):
+                np.save(aside / f"feedback-{at}.npy", signal)
             notes = {**self.notes, "fingerprint": self.fingerprint}
-            write_json(aside / "log.json", {"format": FORMAT, "labels": dict(self.labels), "notes": notes})
+            header = {"format": FORMAT, "labels": dict(self.labels), "feedback": list(self.feedback), "notes": notes}
+            write_json(aside / "log.json", header)
 
     @classmethod
     def open(cls, path: Path | str) -> Interactions:
@@ -252,17 +267,19 @@ class Interactions:
             )
         header = read_header(path / "log.json", FORMAT)
         columns = {name: open_array(path / f"{name}.npy") for name in OPTIONAL if (path / f"{name}.npy").exists()}
+        signals = {name: open_array(path / f"feedback-{at}.npy") for at, name in enumerate(header.get("feedback", []))}
         log = cls(
             Vocabulary.open(path / "users"),
             Vocabulary.open(path / "items"),
             open_array(path / "offsets.npy"),
             open_array(path / "item.npy"),
             **columns,
+            feedback=signals,
             labels=header.get("labels", {}),
             notes=header.get("notes", {}),
         )
         fits = len(log.offsets) == log.n_users + 1 and int(log.offsets[-1]) == len(log.item)
-        if not fits or any(len(column) != len(log.item) for column in columns.values()):
+        if not fits or any(len(column) != len(log.item) for column in (*columns.values(), *signals.values())):
             raise DataError("the log's columns do not fit together", where=str(path), hint="prepare the data again")
         return log
 

@@ -52,7 +52,7 @@ def read(
             folders that `$VOUCH_DATA` lists.
         format: one of `FORMATS` where the content does not tell.
         columns: the file's column for each of `user`, `item`, `time`, `value`, `scenario`, `domain`; an empty name
-            leaves a column out.
+            leaves a column out; and for `feedback` the columns of further signals, joined by `+`.
         items, users: tables of items and users (CSV, Parquet, JSON lines) with an id column, if they do not lie with
             the log.
         name: what to call the dataset; the source's name by default.

@@ -24,7 +24,8 @@ from vouch.data.world.users import SCENARIOS, Users, join, make_users, n_blocks
 from vouch.files import atomic_directory, atomic_file
 
 SCHEMA = {
-    "user": pl.Int64, "item": pl.Int64, "time": pl.Int64, "value": pl.Float32, "scenario": pl.String, "domain": pl.String
+    "user": pl.Int64, "item": pl.Int64, "time": pl.Int64, "value": pl.Float32, "scenario": pl.String,
+    "domain": pl.String, "click": pl.Float32, "like": pl.Float32, "watch_time": pl.Float32,
 }  # fmt: skip
 
 
@@ -90,6 +91,7 @@ def build(config: WorldConfig | None = None) -> World:
         user,
         column("item"),
         columns={name: column(name) for name in ("time", "value", "scenario", "domain")},
+        feedback={name: np.concatenate([part.feedback[name] for part in parts]) for name in parts[0].feedback},
         labels={"scenario": list(SCENARIOS), "domain": list(DOMAINS)},
         notes={"source": "the embedded world", "world": config.model_dump(mode="json")},
     )
@@ -122,6 +124,7 @@ def write_log(config: WorldConfig, path: Path | str) -> Path:
                     "value": events.value,
                     "scenario": pl.Series(np.array(SCENARIOS, dtype=object)[events.scenario], dtype=pl.String),
                     "domain": pl.Series(np.array(DOMAINS, dtype=object)[events.domain], dtype=pl.String),
+                    **events.feedback,
                 },
                 schema=SCHEMA,
             )

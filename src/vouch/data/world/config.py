@@ -31,6 +31,9 @@ class WorldConfig(Config):
     shared_items: float = setting(0.1, "share of items sold in both domains", ge=0, le=1)
     drift: float = setting(0.7, "how far interests move over a user's life: 0 not at all, 1 altogether", ge=0, le=1)
     position_bias: float = setting(0.6, "exponent by which clicks fall with the place in the list", ge=0, le=3)
+    task_conflict: float = setting(
+        0.7, "what tempts to click is for (0) or against (1) liking and watching on; 0.5 is neither", ge=0, le=1
+    )
 
 
 def stream(config: WorldConfig, *key: int) -> np.random.Generator:

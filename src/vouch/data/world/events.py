@@ -39,6 +39,7 @@ class Events:
         is_noise, is_repeat: bool. position: int16 place in the list, from 1.
         life: float32, how much of the user's life has passed, 0 to 1.
         expected_value: float32, the mean of the rating before chance.
+        feedback: float32 `(n,)` by name: `click` and `like` 0 or 1, `watch_time` in seconds.
     """
 
     user: NDArray[np.int64]
@@ -53,6 +54,7 @@ class Events:
     position: NDArray[np.int16]
     life: NDArray[np.float32]
     expected_value: NDArray[np.float32]
+    feedback: dict[str, NDArray[np.float32]]
 
 
 def make_events(config: WorldConfig, items: Items, users: Users, block: int) -> Events:
@@ -79,7 +81,8 @@ def make_events(config: WorldConfig, items: Items, users: Users, block: int) -> 
     shown = np.searchsorted(np.cumsum(items.popularity), random.random(n), side="right").clip(max=config.items - 1)
     item = np.where(is_noise, shown, item)
     item, is_repeat = _repeats(config, random, items, user, item, is_noise)
-    expected = 3.6 + users.mood[user] + 0.8 * _affinity(items, users, user, item, life) - 1.2 * is_noise
+    affinity = _affinity(items, users, user, item, life)
+    expected = 3.6 + users.mood[user] + 0.8 * affinity - 1.2 * is_noise
     value = np.clip(np.round(expected + 0.6 * random.normal(size=n)), 1, 5).astype(np.float32)
     domain = items.domain[item].copy()
     elsewhere = items.shared[item] & np.where(domain == 0, users.fashion[user], users.home[user])
@@ -97,7 +100,34 @@ def make_events(config: WorldConfig, items: Items, users: Users, block: int) -> 
         position.astype(np.int16),
         life.astype(np.float32),
         expected.astype(np.float32),
+        _feedback(config, block, affinity - is_noise, item),
     )
+
+
+def tempting(config: WorldConfig) -> NDArray[np.float64]:
+    """How much each item `(N,)` tempts to click, whatever it is worth; about normal."""
+    return stream(config, 5).normal(size=config.items)
+
+
+def _feedback(
+    config: WorldConfig, block: int, liking: NDArray[np.float64], item: NDArray[np.int64]
+) -> dict[str, NDArray[np.float32]]:
+    """What people do with what they see. What is not clicked is neither liked nor watched.
+
+    Logits and log seconds are linear in liking and in temptation, which is for or against the latter two signals.
+    """
+    random, n = stream(config, 6, block), len(item)  # streams of its own: the rest of the world stays as it was
+    tempted = tempting(config)[item]
+    after = (1 - 2 * config.task_conflict) * tempted
+    click = random.random(n) < _sigmoid(0.8 + 1.5 * liking + 0.9 * tempted)
+    like = click & (random.random(n) < _sigmoid(-1.6 + 2.0 * liking + 0.9 * after))
+    watched = click * np.exp(2.5 + 0.8 * liking + 0.5 * after + 0.4 * random.normal(size=n))
+    signals = {"click": click, "like": like, "watch_time": watched.round(1)}
+    return {name: signal.astype(np.float32) for name, signal in signals.items()}
+
+
+def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 1 / (1 + np.exp(-x))
 
 
 def _times(
