@@ -24,6 +24,7 @@ from vouch.data import Interactions, Split
 from vouch.data.queries import flat_rows
 from vouch.errors import UnknownIdError, did_you_mean
 from vouch.nn.transformer import Context
+from vouch.registry import methods
 
 if TYPE_CHECKING:
     from vouch.recommenders.sequential.base import SequenceEncoder, SequentialRecommender
@@ -199,6 +200,7 @@ def _discover() -> None:
 
     for found in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
         importlib.import_module(found.name)
+    methods()  # other rooms may hold parts too
 
 
 def parts(kind: Kind) -> dict[str, Any]:
