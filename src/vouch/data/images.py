@@ -76,7 +76,7 @@ class Images:
         import torch
         import torch.nn.functional as F
 
-        x = torch.from_numpy(np.ascontiguousarray(self.pixels)).permute(0, 3, 1, 2).float().div_(255)
+        x = torch.from_numpy(np.array(self.pixels)).permute(0, 3, 1, 2).float().div_(255)
         if grey and x.shape[1] == 3:
             x = (x * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
         if size is not None and tuple(x.shape[2:]) != (size, size):
