@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vouch.data.images import Images
 from vouch.distillation.sgd import Validate
+from vouch.distillation.taps import outputs
 
 BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
 """The modules of a `SmallNet` whose outputs are compared: the ends of its blocks."""
@@ -137,8 +138,7 @@ def answers(network: nn.Module, x: Tensor, block: int = 1_024) -> Tensor:
     network.eval()
     found = []
     for piece in x.split(block):
-        output = network(piece.to(device))
-        found.append((output[-1] if isinstance(output, (tuple, list)) else output).float().cpu())
+        found.append(outputs(network(piece.to(device)))[-1].float().cpu())
     network.train(was_training)
     return torch.cat(found)
 

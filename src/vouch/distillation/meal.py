@@ -32,7 +32,7 @@ from vouch.distillation.adversary import SIGN, Adversary, Judges
 from vouch.distillation.sgd import SGDConfig, Validate, as_batches, check_batch, factor, labels_of, parts_of, sgd
 from vouch.distillation.taps import Pooling, Similarity, Tapped, kl, mixture, pooled, positions, similarity
 from vouch.errors import ConfigError, TrainingError
-from vouch.training import FitReport, Run, fit
+from vouch.training import FitReport, Run, fit, seeded
 from vouch.training.loop import Batches
 
 CHOOSING = 71
@@ -107,8 +107,10 @@ def distil(
     config, run, source = config or DistilConfig(**settings), run or Run(), as_batches(batches)
     if not teachers:
         raise ConfigError("there is no teacher", hint="give at least one trained network")
-    if any(teacher is student for teacher in teachers):
-        raise ConfigError("the student is one of its teachers", hint="copy it first: copy.deepcopy(student)")
+    ours = {id(parameter) for parameter in student.parameters()}
+    for k, teacher in enumerate(teachers, start=1):
+        if teacher is student or any(id(parameter) in ours for parameter in teacher.parameters()):
+            raise ConfigError(f"the student has weights of teacher {k}", hint="copy it first: copy.deepcopy(teacher)")
     if teacher_taps is not None and len(teacher_taps) != len(teachers):
         raise ConfigError(f"there are {len(teachers)} teachers, and taps for {len(teacher_taps)}")
     with ExitStack() as stack:
@@ -118,7 +120,8 @@ def distil(
             stack.enter_context(Tapped(teacher, taps if teacher_taps is None else teacher_taps[k], f"teacher {k + 1}"))
             for k, teacher in enumerate(teachers)
         ]
-        sizes = common_lengths(tapped, theirs, source, lengths)
+        with seeded(run.seed):
+            sizes = common_lengths(tapped, theirs, source, lengths)
         players = _Players(tapped, theirs, sizes, config, len(source), run.seed)
         groups: list[dict[str, Any]] = [{"params": list(student.parameters())}]
         if len(players.judges):
@@ -310,6 +313,7 @@ class _Players(nn.Module):
     def step(self, model: Any, batch: Any, optimizer: torch.optim.Optimizer, fabric: Any) -> dict[str, Tensor]:
         """One step of the student and one of the discriminators."""
         config, (x, _) = self.config, parts_of(batch)
+        label = labels_of(batch) if config.label_weight else None
         del model
         check_batch(self.student, x)
         if not self.moved:
@@ -325,8 +329,8 @@ class _Players(nn.Module):
         near = [similarity(s, t, config.similarity) for s, t in zip(ours, target, strict=True)]
         total = torch.stack([weight * each for weight, each in zip(self.gamma, near, strict=True)]).sum()
         logged = {"similarity": total.detach(), "kl": kl(ours[-1], target[-1])}
-        if config.label_weight:
-            labels = F.cross_entropy(ours[-1], labels_of(batch))
+        if label is not None:
+            labels = F.cross_entropy(ours[-1], label)
             total = (1 - config.label_weight) * total + config.label_weight * labels
             logged["labels"] = labels.detach()
         if config.adversary in SIGN:

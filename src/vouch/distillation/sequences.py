@@ -3,19 +3,24 @@
 Source: arXiv 1812.02425, see `meal`. The teachers are trained first on the same split, or come from folders of saved
 models; they read the batches of the student. What networks of different kinds have in common are positions: at every
 position that is learned from, the student's scores of all items, and the outputs of its blocks, are pulled toward the
-teacher's. Use it with any encoder that reads from left to right: `objective+=meal`. The method `meal` is a SASRec that
-learns from its teachers alone, or, with `label_weight`, also from the next item.
+teacher's. Any encoder that reads from left to right can be the student: `distil_recommender` trains it from teachers
+alone, or, with `label_weight`, also from the next item; the method `meal` is a SASRec trained so; and with
+`objective+=meal` the teachers' loss stands beside a method's own.
 
 What differs from pictures: an output `(B, T, D)` has a meaning at each position, so positions are not pooled; the values
 of each are, to a common length. Discriminators read the last position of each history, the one that recommends.
 In a large catalogue the scores of some items are compared, those of the histories and others drawn at random; then no
 discriminator reads scores, because a place in that choice means another item in each batch. `alternating` trains both
-sides from one forward pass. Shapes: `B` batch, `T` positions, `D` hidden size, `n` positions learned from, `N` items.
+sides in one optimizer step. The ramp of `eta` goes by epochs.
+
+Shapes: `B` batch, `T` positions, `D` hidden size, `n` positions learned from, `N` items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -83,7 +88,6 @@ class Teaching(Term):
         recommender, config = setup.recommender, setup.recommender.config
         self.n_items, self.epochs, self.share = setup.encoder.n_items, int(config.epochs), 1.0
         self.length = settings.length or int(config.hidden_size)
-        self.found: dict[str, float] = {}
         self.last: dict[str, Tensor] = {}
         given = list(getattr(recommender, "teachers", ()))
         if not given and settings.weight > 0:
@@ -134,7 +138,7 @@ class Teaching(Term):
         found = {"similarity": self.share * settings.weight * torch.stack(near).sum()}
         self.last = {"kl": kl(ours[-1], target[-1])}
         if len(self.judges):
-            found["adversary"] = self.share * self.game(ours, target, batch)
+            found["adversary"] = self.game(ours, target, batch)
         return found
 
     def game(self, ours: Sequence[Tensor], target: Sequence[Tensor], batch: SequenceBatch) -> Tensor:
@@ -145,8 +149,10 @@ class Teaching(Term):
         last = rows.flatten()[batch.at]
         pairs = list(zip(ours, target, strict=True))[: len(self.judges)]
         s, t = [a[last] for a, _ in pairs], [b[last] for _, b in pairs]
+        if not len(s[0]):  # no history of this batch is learned from at its end
+            return ours[0].new_zeros(())
         steps = settings.ramp * self.epochs
-        eta = settings.weight * settings.eta * (min(1.0, (self.epoch - 1) / steps) if steps else 1.0)
+        eta = self.share * settings.weight * settings.eta * (min(1.0, (self.epoch - 1) / steps) if steps else 1.0)
         told = torch.stack(self.judges.losses(s, t, [SIGN.get(settings.adversary, 0.0) * eta] * len(s)))
         self.last["discriminator"] = told.detach().mean()
         if settings.adversary == "alternating":
@@ -202,6 +208,85 @@ class Weighted(Term):
         return {name: self.weight * value for name, value in found.items()}
 
 
+@contextmanager
+def taught(
+    student: SequentialRecommender, teachers: Sequence[Any], split: Split, label_weight: float
+) -> Iterator[None]:
+    """Inside the block, `student.fit` learns from these teachers, and from the next item by a share.
+
+    Raises:
+        ConfigError: there is no teacher, or one cannot teach this student.
+    """
+    student.prepare(split.train)
+    check_teachers(teachers, student, split)
+    begin = student.begin
+
+    def weighed(split: Split) -> Objective:
+        objective = begin(split)
+        if "meal" in objective.terms:
+            labels = Weighted(objective.terms["next"], label_weight)
+            objective.terms["next"] = objective.networks["next"] = labels
+            teaching = objective.terms["meal"]
+            assert isinstance(teaching, Teaching)
+            teaching.share = 1 - label_weight
+        return objective
+
+    held: Any = student
+    held.begin, held.teachers = weighed, tuple(teachers)
+    try:
+        yield
+    finally:
+        del held.begin, held.teachers
+
+
+@dataclass(frozen=True)
+class TaughtReport(FitReport):
+    """What came of a recommender's distillation.
+
+    Attributes:
+        teachers: the methods that taught. label_weight: the share of the next-item loss.
+    """
+
+    teachers: tuple[str, ...] = ()
+    label_weight: float = 0.0
+
+
+def distil_recommender(
+    student: SequentialRecommender,
+    teachers: Sequence[Any],
+    split: Split,
+    run: Run | None = None,
+    *,
+    label_weight: float = 0.0,
+) -> TaughtReport:
+    """Train any sequential recommender from trained ones, which are left as they were.
+
+    The student needs `meal` in its objective, whose settings are the distillation's:
+    `GRU4Rec(objective=["next", "meal"], **{"meal.adversary": "none"})`. It is saved, loaded and asked like any other.
+
+    Args:
+        teachers: trained sequential recommenders of the same items.
+        label_weight: the share of the loss of the next item; at 0 no target is read in training. Validation, which
+            chooses the epoch, reads those of `split.valid`.
+
+    Raises:
+        ConfigError: the student has no such objective, there is no teacher, or one cannot teach it.
+        DataError, TrainingError: see the student's `fit`.
+    """
+    if not 0 <= label_weight <= 1:
+        raise ConfigError(f"label_weight is {label_weight}", hint="it is a share, from 0 to 1")
+    if isinstance(student, MEAL):
+        raise ConfigError("meal has its own setting label_weight", hint="student.fit(split, run, teachers=teachers)")
+    if "meal" not in student.config.terms():
+        raise ConfigError(
+            f"the objective of {student.card.slug} has no 'meal'", hint='give it objective=["next", "meal"]'
+        )
+    with taught(student, teachers, split, label_weight):
+        report = student.fit(split, run)
+    plain = {field.name: getattr(report, field.name) for field in fields(report)}
+    return TaughtReport(**plain, teachers=tuple(t.card.slug for t in teachers), label_weight=label_weight)
+
+
 class MEALConfig(SASRecConfig):
     """Settings of a SASRec that learns from teachers."""
 
@@ -225,7 +310,6 @@ class MEAL(SASRec):
     """SASRec distilled from an ensemble; it is saved, loaded and asked without its teachers."""
 
     Config = MEALConfig
-    teachers: Sequence[Any] = ()
 
     def _check(self) -> None:
         super()._check()
@@ -241,23 +325,8 @@ class MEAL(SASRec):
             ConfigError: a teacher cannot teach this student. DataError, TrainingError: see `SASRec.fit`.
         """
         run = run or Run()
-        self.prepare(split.train)
         if teachers is None:
+            self.prepare(split.train)
             teachers = find_teachers(self.config.part("meal").teachers, self, split, run)
-        else:
-            check_teachers(teachers, self, split)
-        self.teachers = teachers
-        try:
+        with taught(self, teachers, split, self.config.label_weight):
             return super().fit(split, run)
-        finally:
-            self.teachers = ()
-
-    def begin(self, split: Split) -> Objective:
-        """With the shares of labels and teachers."""
-        objective, share = super().begin(split), self.config.label_weight
-        labels = Weighted(objective.terms["next"], share)
-        objective.terms["next"] = objective.networks["next"] = labels
-        teaching = objective.terms.get("meal")
-        if isinstance(teaching, Teaching):
-            teaching.share = 1 - share
-        return objective

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vouch.config import setting
+from vouch.distillation.taps import outputs
 from vouch.errors import ConfigError, TrainingError
 from vouch.training import FitReport, Run, TrainConfig, fit
 from vouch.training.loop import Batches
@@ -145,8 +146,7 @@ class _Labels(nn.Module):
     def loss(self, batch: Any) -> dict[str, Tensor]:
         x, _ = parts_of(batch)
         check_batch(self.network, x)
-        output = self.network(x)
-        logits = output[-1] if isinstance(output, (tuple, list)) else output
+        logits = outputs(self.network(x))[-1]
         return {"labels": F.cross_entropy(logits.float(), labels_of(batch))}
 
 

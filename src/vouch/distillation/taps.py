@@ -18,6 +18,18 @@ Pooling = Literal["average", "max"]
 Similarity = Literal["cross-entropy", "l1", "l2", "softmax-l1", "softmax-l2"]
 
 
+def outputs(given: Any) -> list[Tensor]:
+    """What a network gave, as a list with the logits last.
+
+    A list or tuple is taken as it is. An object with `logits`, as some libraries give (beside auxiliary answers), is
+    taken for these alone.
+    """
+    logits = getattr(given, "logits", None)
+    if logits is not None:
+        return [logits]
+    return list(given) if isinstance(given, (tuple, list)) else [given]
+
+
 class Tapped:
     """A network that gives its outputs at several depths: `[f_1, ..., f_J, logits]`, shallow first.
 
@@ -47,8 +59,7 @@ class Tapped:
 
     def __call__(self, x: Any) -> list[Tensor]:
         """The taps `(B, C_j, ...)` and the logits `(B, C)`."""
-        output = self.network(x)
-        several = list(output) if isinstance(output, (tuple, list)) else [output]
+        several = outputs(self.network(x))
         if not self.taps:
             return several
         try:
@@ -161,5 +172,4 @@ class Ensemble(nn.Module):
 
     def forward(self, x: Any) -> Tensor:
         """`(B, C)`."""
-        found = [network(x) for network in self.networks]
-        return mixture([each[-1] if isinstance(each, (tuple, list)) else each for each in found])
+        return mixture([outputs(network(x))[-1] for network in self.networks])

@@ -174,7 +174,7 @@ class Together(Recommender):
         self.items, self.users, self.popularity = first.items, first.users, first.popularity
 
     def score(self, queries: Queries) -> Tensor:
-        """The logarithm of the mean chance of each item `(B, N)`."""
+        """`(B, N)`, whose softmax is the mean of the models'."""
         return mixture([model.score(queries).float().cpu() for model in self.models])
 
     def fit(self, split: Split, run: Run | None = None) -> FitReport:
