@@ -7,11 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vouch.data import Dataset, Interactions, Vocabulary, split
-from vouch.data.graphs import ItemGraph, cached, co_occurrence, transition_counts, transition_graph
+from vouch.data.graphs import (
+    ItemGraph,
+    cached,
+    co_occurrence,
+    keep_largest,
+    largest_of_dense,
+    transition_counts,
+    transition_graph,
+)
 from vouch.errors import DataError, StorageError
 
 
@@ -62,9 +71,18 @@ def test_the_example_of_the_definition() -> None:
     assert not made[0].any()
 
 
-@given(HISTORIES, st.sampled_from(["cosine", "jaccard", "dice", "asymmetric", "conditional"]), st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_co_occurrence_by_loops(histories: list[list[int]], similarity: str, frequency: bool) -> None:
+SHARES = {"sparse": math.inf, "mixed": 0.5, "dense": -1.0}
+"""Values of `DENSE_SHARE` that send all rows, some or none through sparse blocks."""
+
+
+@given(
+    HISTORIES,
+    st.sampled_from(["cosine", "jaccard", "dice", "asymmetric", "conditional"]),
+    st.booleans(),
+    st.sampled_from(sorted(SHARES)),
+)
+@settings(max_examples=120, deadline=None)
+def test_co_occurrence_by_loops(histories: list[list[int]], similarity: str, frequency: bool, blocks: str) -> None:
     sets = [set(h) for h in histories]
     n = np.array([sum(i in s for s in sets) for i in range(8)], dtype=float)
     c = np.zeros((8, 8))
@@ -81,10 +99,27 @@ def test_co_occurrence_by_loops(histories: list[list[int]], similarity: str, fre
             "conditional": np.repeat(n[:, None], 8, 1),
         }[similarity]
         want = np.nan_to_num(c / (below + 2.0))
-    made = co_occurrence(
-        log_of(histories, 8), similarity=similarity, alpha=0.3, shrinkage=2.0, inverse_user_frequency=frequency
-    )
-    assert np.allclose(made.dense(), want, atol=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vouch.data.graphs.DENSE_SHARE", SHARES[blocks])
+        made = co_occurrence(
+            log_of(histories, 8), similarity=similarity, alpha=0.3, shrinkage=2.0, inverse_user_frequency=frequency
+        )
+    assert np.allclose(made.dense(), want, atol=1e-6)
+    assert np.array_equal(made.dense() > 0, want > 0) and not np.diag(made.dense()).any()
+
+
+@given(st.integers(1, 9), st.integers(0, 2**32 - 1), st.sampled_from([8, 1 << 22]))
+@settings(max_examples=60, deadline=None)
+def test_the_largest_of_a_row_by_sorting(k: int, seed: int, block: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 4, (6, 8)).astype(np.float32)  # many are equal
+    want = np.zeros_like(values)
+    for row, given_row in enumerate(values):
+        best = sorted(np.flatnonzero(given_row), key=lambda column: (-given_row[column], column))[:k]
+        want[row, best] = given_row[best]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vouch.data.graphs.BLOCK_PAIRS", block)
+        for made in (largest_of_dense(values, k), keep_largest(sp.csr_matrix(values), k)):
+            assert np.array_equal(made.toarray(), want) and made.nnz == (want > 0).sum()
 
 
 def test_only_the_nearest_are_kept_and_the_best_is_the_highest() -> None:
@@ -105,11 +140,22 @@ def test_items_without_neighbours_have_no_best() -> None:
     assert best.tolist() == [1, 0, -1] and np.isneginf(score[2])
 
 
-def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("neighbors", [5, 30])
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, neighbors: int) -> None:
     random = np.random.default_rng(0)
-    log = log_of([random.permutation(30)[:8].tolist() for _ in range(60)], 30)
+    log = log_of([np.minimum(random.zipf(1.4, 8), 30).astype(int).tolist() for _ in range(60)], 31)
+    whole = co_occurrence(log, neighbors=neighbors)
+    for block in (1, 100, 1 << 22):
+        for share in SHARES.values():
+            monkeypatch.setattr("vouch.data.graphs.BLOCK_PAIRS", block)
+            monkeypatch.setattr("vouch.data.graphs.DENSE_SHARE", share)
+            assert np.array_equal(co_occurrence(log, neighbors=neighbors).dense(), whole.dense())
+
+
+def test_without_products_that_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = log_of([[0, 1, 2], [1, 2, 3], [0, 3]], 5)
     whole = co_occurrence(log)
-    monkeypatch.setattr("vouch.data.graphs.BLOCK_PAIRS", 100)
+    monkeypatch.setattr("vouch.data.graphs._sums_densely", lambda: False)
     assert np.array_equal(co_occurrence(log).dense(), whole.dense())
 
 

@@ -7,8 +7,8 @@ logs only: whatever else goes in leaks.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,10 @@ from vouch.data.interactions import Interactions
 from vouch.errors import DataError, StorageError
 from vouch.files import atomic_directory
 
-BLOCK_PAIRS = 1 << 26
-"""Pairs of items held at once, by estimate."""
+BLOCK_PAIRS = 1 << 22
+"""Pairs of items held at once, by estimate: few enough for the processor's caches."""
+DENSE_SHARE = 0.5
+"""Rows of a product summed from so many pairs, by its columns, are summed densely."""
 Similarity = Literal["cosine", "jaccard", "dice", "asymmetric", "conditional"]
 
 
@@ -195,55 +197,126 @@ def co_occurrence(
     `c_ij` counts the users that have both, each by `1 / log(1 + length of the history)` where `inverse_user_frequency`
     is set. Then, with `N_i` the number of users of `i`, similarity is `c_ij / (below + shrinkage)`, `below` being
     `sqrt(N_i N_j)` (cosine), `N_i + N_j - c_ij` (jaccard), `(N_i + N_j) / 2` (dice), `N_i^alpha N_j^(1 - alpha)`
-    (asymmetric) or `N_i` (conditional). Without the item itself; the `neighbors` greatest of each item.
+    (asymmetric) or `N_i` (conditional). Without the item itself; the `neighbors` greatest of each item, the smaller
+    code among equals.
+
+    Blocks of rows, the items with the most pairs first: where nearly every item meets every other the product is summed
+    into a dense block, elsewhere into a sparse one. Memory beside the result grows with the block.
     """
     users = log.to_csr()  # (U, N) binary
-    counts = np.asarray(users.sum(0), dtype=np.float64).ravel()
-    lengths = np.asarray(users.sum(1)).ravel()
-    weighted = users
+    items = users.T.tocsr()
+    lengths = np.diff(users.indptr)
+    pairs = items @ lengths.astype(np.float64)  # that each row of the product is summed from
+    counts = np.maximum(np.diff(items.indptr), 1).astype(np.float32)
     if inverse_user_frequency:
-        weighted = sp.diags((1 / np.log1p(np.maximum(lengths, 1))).astype(np.float32)) @ users
-    items = weighted.T.tocsr()
-    # pairs that a row of the product comes from, at most; blocks hold about as many each
-    work = np.cumsum(users.T.tocsr() @ lengths)
-    bounds = np.unique(np.searchsorted(work, np.arange(0, work[-1] + BLOCK_PAIRS, BLOCK_PAIRS)))
-    bounds = np.unique(np.concatenate([[0], bounds, [log.n_items]]))
-    bounds = bounds[bounds <= log.n_items]
-    blocks = []
-    for start, stop in itertools.pairwise(bounds):
-        block = (items[start:stop] @ users).tocsr()
-        row = np.repeat(np.arange(start, stop), np.diff(block.indptr))
-        own, other, together = counts[row], counts[block.indices], block.data.astype(np.float64)
-        match similarity:
-            case "cosine":
-                below = np.sqrt(own * other)
-            case "jaccard":
-                below = own + other - together
-            case "dice":
-                below = (own + other) / 2
-            case "asymmetric":
-                below = own**alpha * other ** (1 - alpha)
-            case _:
-                below = own
-        values = together / (below + shrinkage)
-        values[row == block.indices] = 0.0
-        block.data = values.astype(np.float32)
+        items.data = (1 / np.log1p(np.maximum(lengths, 1))).astype(np.float32)[items.indices]
+    power = {"cosine": 0.5, "asymmetric": alpha, "conditional": 1.0}.get(similarity)
+    left, right = (counts, counts) if power is None else (counts**power, counts ** (1 - power))
+
+    def similar(own: Any, other: Any, together: Any) -> Any:
+        """In place of `together`; `own` and `other` are items, of shapes that fit it."""
+        if power is not None:
+            below = left[own] * right[other]
+        else:
+            below = left[own] + right[other]
+            below = below - together if similarity == "jaccard" else below / 2
+        together /= below + np.float32(shrinkage)
+        together[own == other] = 0.0
+        return together
+
+    order = np.argsort(-pairs, kind="stable")
+    full = int((pairs >= DENSE_SHARE * log.n_items).sum()) if _sums_densely() else 0
+    every, blocks = np.arange(log.n_items), []
+    product = _DenseProduct(users) if full else None
+    for rows in _pieces(order[:full], np.full(full, log.n_items), BLOCK_PAIRS):
+        assert product is not None
+        blocks.append(largest_of_dense(similar(rows[:, None], every, product(items[rows])), neighbors))
+    for rows in _pieces(order[full:], pairs[order[full:]], BLOCK_PAIRS):
+        block = (items[rows] @ users).tocsr()
+        block.data = similar(np.repeat(rows, np.diff(block.indptr)), block.indices, block.data)
         block.eliminate_zeros()
         block.sort_indices()
         blocks.append(keep_largest(block, neighbors))
-    return ItemGraph.of(sp.vstack(blocks, format="csr"))
+    return ItemGraph.of(sp.vstack(blocks, format="csr")[np.argsort(order)])
+
+
+def _pieces(rows: NDArray[np.int64], work: NDArray[Any], most: int) -> list[NDArray[np.int64]]:
+    """The rows in pieces of about `most` work each, at least one row a piece."""
+    if len(rows) == 0:
+        return []
+    piece = (np.cumsum(work) - work) // most
+    return np.split(rows, np.flatnonzero(np.diff(piece)) + 1)
+
+
+def _sums_densely() -> bool:
+    """Whether this build of PyTorch can sum products of sparse matrices into a dense one."""
+    import torch
+
+    return bool(torch.backends.mkl.is_available())
+
+
+class _DenseProduct:
+    """Products of sparse rows with one sparse matrix, as dense arrays, in the same order of summation as sparse ones."""
+
+    def __init__(self, matrix: Any) -> None:
+        self.right, self.columns = self.tensor(matrix), matrix.shape[1]
+
+    @staticmethod
+    def tensor(matrix: Any) -> Any:
+        """A scipy CSR matrix as a tensor."""
+        import torch
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support")  # in beta, says PyTorch
+            bounds, columns, data = (torch.from_numpy(part) for part in (matrix.indptr, matrix.indices, matrix.data))
+            return torch.sparse_csr_tensor(bounds, columns, data, matrix.shape, check_invariants=False)
+
+    def __call__(self, rows: Any) -> NDArray[np.float32]:
+        """`rows @ matrix`, for a CSR matrix of rows."""
+        import torch
+
+        found: NDArray[np.float32] = torch.addmm(
+            torch.zeros(rows.shape[0], self.columns), self.tensor(rows), self.right
+        ).numpy()
+        return found
+
+
+def largest_of_dense(values: NDArray[np.float32], k: int) -> Any:
+    """As `keep_largest` of what is above 0 in a dense array."""
+    least = np.full(len(values), np.finfo(np.float32).tiny, dtype=np.float32)
+    if k < values.shape[1]:
+        least = np.maximum(least, np.partition(values, -k, axis=1)[:, -k])
+    chosen = values >= least[:, None]
+    bounds = np.concatenate([[0], np.cumsum(np.count_nonzero(chosen, axis=1))])
+    found = sp.csr_matrix((values[chosen], np.nonzero(chosen)[1].astype(np.int32), bounds), shape=values.shape)
+    return keep_largest(found, k)  # some are equal to the least
 
 
 def keep_largest(matrix: Any, k: int) -> Any:
     """A CSR matrix with only the `k` largest entries of each row (the earlier column first among equals)."""
     matrix = matrix.tocsr()
     counts = np.diff(matrix.indptr)
-    if counts.max(initial=0) <= k:
+    many = np.flatnonzero(counts > k)
+    if len(many) == 0:
         return matrix
-    row = np.repeat(np.arange(matrix.shape[0]), counts)
-    order = np.lexsort((matrix.indices, -matrix.data, row))
-    place = np.arange(len(order)) - matrix.indptr[row[order]]
-    chosen = np.sort(order[place < k])
+    matrix.sort_indices()
+    least = np.full(matrix.shape[0], -np.inf, dtype=matrix.dtype)
+    many = many[np.argsort(counts[many])]
+    for rows in _pieces(many, counts[many], BLOCK_PAIRS):  # side by side, those of like length
+        size = counts[rows]
+        place = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
+        row = np.repeat(np.arange(len(rows)), size)
+        side = np.full((len(rows), size.max()), -np.inf, dtype=matrix.dtype)
+        side[row, place] = matrix.data[matrix.indptr[rows][row] + place]
+        least[rows] = np.partition(side, -k, axis=1)[:, -k]
+    bound = np.repeat(least, counts)
+    chosen = matrix.data > bound
+    before = np.concatenate([[0], np.cumsum(chosen)])
+    room = k - np.diff(before[matrix.indptr])  # for those that equal the least
+    equal = np.flatnonzero(matrix.data == bound)
+    row = np.searchsorted(matrix.indptr, equal, side="right") - 1
+    first = np.searchsorted(equal, matrix.indptr[:-1])
+    chosen[equal[np.arange(len(equal)) - first[row] < room[row]]] = True
     bounds = np.concatenate([[0], np.cumsum(np.minimum(counts, k))])
     return sp.csr_matrix((matrix.data[chosen], matrix.indices[chosen], bounds), shape=matrix.shape)
 
