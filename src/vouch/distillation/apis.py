@@ -8,21 +8,15 @@ which counts rows by API and phase and never lets an API have more of them than 
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import socket
-import ssl
 import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vouch.errors import ConfigError, StorageError, VouchError
+from vouch.files import atomic_file
 
 FLOOR = 1e-6
 """Probabilities below this are raised to it before logarithms are taken."""
@@ -71,18 +66,46 @@ class Ledger:
         self._counts: dict[tuple[str, str], list[float]] = {}
         if path is not None and path.exists():
             try:
-                for line in path.read_text(encoding="utf-8").splitlines():
+                text = path.read_text(encoding="utf-8")
+                whole = text[: text.rfind("\n") + 1]
+                for line in whole.splitlines():
                     row = json.loads(line)
                     self._count(row["api"], row["phase"], row["queries"], row["failed"], row["cost"])
+                if whole != text:  # killed while it wrote a line down: that request was never sent
+                    with atomic_file(path) as aside:
+                        aside.write_text(whole, encoding="utf-8")
             except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-                raise StorageError(f"the ledger is damaged: {error}", where=str(path)) from error
+                raise StorageError(
+                    f"the ledger is damaged: {error}",
+                    where=str(path),
+                    hint="mend it: what was spent stands nowhere else",
+                ) from error
 
     def keep_in(self, path: Path) -> None:
-        """Go on in a file, what was counted so far included."""
-        self.path = path
-        counted, self._counts = self._counts, {}
-        for (api, phase), (queries, failed, cost) in counted.items():
-            self._write(api, phase, int(queries), int(failed), cost)
+        """Go on in a file: what it holds and what was counted here are added up.
+
+        Raises:
+            StorageError: the file is damaged or cannot be written.
+        """
+        if self.path is not None and self.path.resolve() == path.resolve():
+            return
+        here, self.path = self.rows, path
+        self._counts = Ledger(path)._counts
+        for row in here:
+            self._write(**row)
+
+    def at_least(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Count what is missing here of rows that another ledger had.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        for row in rows:
+            key = (row["api"], row["phase"])
+            found = self._counts.get(key, [0, 0, 0.0])
+            missing = [max(0, row[name] - at) for name, at in zip(("queries", "failed", "cost"), found, strict=True)]
+            if missing[0] or missing[1]:
+                self._write(*key, int(missing[0]), int(missing[1]), float(missing[2]))
 
     def _count(self, api: str, phase: str, queries: int, failed: int, cost: float) -> None:
         counts = self._counts.setdefault((api, phase), [0, 0, 0.0])
@@ -136,7 +159,7 @@ class Api:
     """One prediction service.
 
     Attributes:
-        service: see `Service`; `HttpService` for one behind an address.
+        service: see `Service`; `vouch.distillation.httpservice.HttpService` for one behind an address.
         classes: what the answers' columns mean.
         shape: `(C, H, W)` of the pictures it takes.
         name: in the ledger, unique in a stream.
@@ -265,14 +288,17 @@ class Api:
                 f"API {self.name!r} answers {n} pictures with {found.shape}, not {(n, len(self.classes))}",
                 hint=f"its classes are {', '.join(self.classes)}",
             )
-        if not np.isfinite(found).all() or found.min(initial=0) < -1e-3 or (found.sum(1) <= 0).any():
+        wrong = ~(np.isfinite(found) & (found >= -1e-3)).all(1) | (found.sum(1) <= 0)
+        if wrong.any():
+            row = int(wrong.argmax())
             raise ApiError(
-                f"API {self.name!r} answers with numbers that are no probabilities, such as {found.min():.4g}",
+                f"API {self.name!r} answers with numbers that are no probabilities: {found[row].tolist()}",
+                where=f"row {row} of {n}",
                 hint="put the softmax of logits inside the service",
             )
-        if self._seen < LOOK:
+        if not self._soft:
             self._seen += n
-            self._soft |= not bool(np.isin(found, (0, 1)).all())
+            self._soft = not bool(np.isin(found, (0, 1)).all())
             if self._seen >= LOOK and not self._soft:
                 raise labels_only
         total = found.sum(1, keepdims=True)
@@ -284,82 +310,6 @@ class Api:
             )
         clipped = np.clip(found / total, FLOOR, None)
         return torch.from_numpy(clipped / clipped.sum(1, keepdims=True)).float()
-
-
-@dataclass(frozen=True)
-class HttpService:
-    """A service behind an address, asked with POST requests over the standard library.
-
-    With `json` the body is `{"inputs": [[[[...]]]]}` and the answer `{"probabilities": [[...]]}`, or the list alone;
-    with `npy` both are arrays in NumPy's file format.
-
-    Attributes:
-        url: http or https.
-        timeout: seconds until a request that is not answered counts as failed.
-        headers: more headers, such as `Authorization`; never logged or saved.
-    """
-
-    url: str
-    format: Literal["json", "npy"] = "json"
-    timeout: float = 30.0
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        """Check the address and the format.
-
-        Raises:
-            ConfigError: either is none that this can speak.
-        """
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ConfigError(f"{self.url!r} is no address of a service", hint="give http://... or https://...")
-        if self.format not in ("json", "npy"):
-            raise ConfigError(f"format is {self.format!r}", hint="use json or npy")
-        if self.timeout <= 0:
-            raise ConfigError(f"timeout is {self.timeout}; it must be above 0")
-
-    def __call__(self, inputs: NDArray[np.float32]) -> Any:
-        """Ask once.
-
-        Raises:
-            NotServedError: the service was not reached, is busy (429, 503), or refuses the request.
-            OSError, ValueError: the request was taken on and not answered, or not in the format.
-        """
-        body, kind = self._encode(inputs)
-        headers = {"Content-Type": kind, "Accept": kind, **self.headers}
-        request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                return self._decode(response.read())
-        except urllib.error.HTTPError as error:
-            reason = f"HTTP {error.code} {error.reason}"
-            if error.code in (429, 503):
-                raise NotServedError(reason, wait=_seconds(error.headers.get("Retry-After"))) from error
-            if error.code < 500 and error.code != 408:
-                raise NotServedError(reason, again=False) from error
-            raise
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, (ConnectionRefusedError, socket.gaierror, ssl.SSLError)):
-                raise NotServedError(str(error.reason)) from error
-            raise  # it may have arrived
-
-    def _encode(self, inputs: NDArray[np.float32]) -> tuple[bytes, str]:
-        if self.format == "json":
-            return json.dumps({"inputs": inputs.tolist()}).encode(), "application/json"
-        buffer = io.BytesIO()
-        np.save(buffer, inputs, allow_pickle=False)
-        return buffer.getvalue(), "application/x-npy"
-
-    def _decode(self, body: bytes) -> Any:
-        if self.format == "npy":
-            return np.load(io.BytesIO(body), allow_pickle=False)
-        found = json.loads(body)
-        return found["probabilities"] if isinstance(found, dict) and "probabilities" in found else found
-
-
-def _seconds(text: str | None) -> float | None:
-    """A Retry-After in seconds; dates are left to the backoff."""
-    return float(text) if text is not None and text.strip().isdecimal() else None
 
 
 def network_service(network: nn.Module) -> Service:

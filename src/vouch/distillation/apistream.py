@@ -21,6 +21,7 @@ memory is its real inputs. Class-incremental accuracy is reported, not promised:
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +37,10 @@ from vouch.distillation.apis import Api, ApiError, Ledger
 from vouch.distillation.generators import GENERATORS
 from vouch.distillation.memory import GrowingHead
 from vouch.distillation.similarity import compared_layers, evaluating
+from vouch.distillation.streamcheck import feature_width, still_to_learn
 from vouch.distillation.streamstate import pack, unpack
 from vouch.distillation.streamtask import Task
-from vouch.errors import ConfigError, did_you_mean
+from vouch.errors import ConfigError
 from vouch.training import Run, seeded
 from vouch.training.checkpoints import HEADER, save_checkpoint
 from vouch.training.devices import parse_device, seed_of
@@ -159,7 +161,7 @@ class APIStream(nn.Module):
         self.features, self.shape = features, shape
         self.mapping = mapping or {}
         self.make_generator = make_generator
-        self.head = GrowingHead(self._width(), share=self.config.head == "one")
+        self.head = GrowingHead(feature_width(features, shape), share=self.config.head == "one")
         self.layers = compared_layers(features, self.config.layers)
         self.ledger, self.device = Ledger(), torch.device("cpu")
         self.apis: list[str] = []
@@ -167,7 +169,7 @@ class APIStream(nn.Module):
         self.stopped: list[str] = []
         self.matrices: dict[str, list[list[float | None]]] = {"task": [], "classes": []}
         self.task: Task | None = None
-        self.rounds = 0
+        self.rounds = self.saves = 0
 
     @property
     def classes(self) -> list[str]:
@@ -218,7 +220,7 @@ class APIStream(nn.Module):
         self.device = torch.device(kind if index is None else f"{kind}:{index}")
         self.to(self.device)
         self._open(run)
-        todo = self._check(apis, raw, tests, run)
+        todo = still_to_learn(self, apis, raw, tests, run)
         history: list[dict[str, Any]] = []
         log = TrainingLog(
             None if run.path is None else Path(run.path) / "log.jsonl",
@@ -230,7 +232,7 @@ class APIStream(nn.Module):
             for api in todo:
                 if self.task is None:
                     torch.manual_seed(seed_of(run.seed, len(self.apis)))
-                    self.task = Task.begin(self, api, self._names(api), raw.get(api.name))
+                    self.task = Task.begin(self, api, self.names(api), raw.get(api.name))
                 try:
                     for row in self.task.rounds(api, run.seed):
                         self.rounds += 1
@@ -247,7 +249,7 @@ class APIStream(nn.Module):
         return StreamReport(
             list(self.apis),
             list(self.stopped),
-            **self.matrices,
+            **copy.deepcopy(self.matrices),
             ledger=self.ledger.rows,
             history=history,
             seconds=seconds,
@@ -303,6 +305,11 @@ class APIStream(nn.Module):
         self.matrices["task"].append([row[0] for row in rows])
         self.matrices["classes"].append([row[1] for row in rows])
 
+    def names(self, api: Api) -> list[str]:
+        """What an API's classes are called here."""
+        given = self.mapping.get(api.name, {})
+        return [given.get(name, name) for name in api.classes]
+
     def _keep(self, run: Run) -> None:
         if run.path is not None:
             self.save(Path(run.path) / "state")
@@ -312,88 +319,12 @@ class APIStream(nn.Module):
         if run.path is None:
             return
         path = Path(run.path) / "ledger.jsonl"
-        if self.ledger.path != path:
-            if run.resume:
-                self.ledger = Ledger(path)
-            elif path.exists():
-                raise ConfigError(
-                    f"a stream was learned in {path.parent.name!r} before",
-                    where=str(path.parent),
-                    hint="Run(resume=True) to go on with it, or another folder",
-                )
-            else:
-                self.ledger.keep_in(path)
+        if self.ledger.path != path and path.exists() and not run.resume:
+            raise ConfigError(
+                f"a stream was learned in {path.parent.name!r} before",
+                where=str(path.parent),
+                hint="Run(resume=True) to go on with it, or another folder",
+            )
+        self.ledger.keep_in(path)
         if run.resume and (path.parent / "state" / HEADER).exists():
             self.load(path.parent / "state")
-
-    # ---- what is checked before a query is spent
-
-    def _width(self) -> int:
-        device = next((p.device for p in self.features.parameters()), torch.device("cpu"))
-        try:
-            with evaluating(self.features), torch.no_grad():
-                found = self.features(torch.zeros(2, *self.shape, device=device))
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"features do not take pictures {self.shape}: {error}") from error
-        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != 2:
-            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ConfigError(f"features give {got} for 2 pictures", hint="end with a flat layer: (B, D)")
-        return int(found.shape[1])
-
-    def _names(self, api: Api) -> list[str]:
-        """What the API's classes are called here."""
-        given = self.mapping.get(api.name, {})
-        return [given.get(name, name) for name in api.classes]
-
-    def _check(self, apis: Sequence[Api], raw: Pictures, tests: Tests, run: Run) -> list[Api]:
-        """The APIs still to learn, once all that is said about them is found right."""
-        names = [api.name for api in apis]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"two APIs have one name: {names}")
-        for what, given in (("raw", raw), ("tests", tests)):
-            for name in given:
-                if name not in (*names, *self.apis):
-                    raise ConfigError(f"{what} is for an API {name!r}", hint=did_you_mean(name, [*names, *self.apis]))
-        todo = [api for api in apis if api.name not in self.apis]
-        running = None if self.task is None else self.task.name
-        if running is not None and (not run.resume or not todo or todo[0].name != running):
-            raise ConfigError(f"API {running!r} was left unfinished", hint="give it first, with Run(resume=True)")
-        known = set(self.head.classes)
-        for api in todo:
-            if api.shape != self.shape:
-                raise ConfigError(f"API {api.name!r} takes pictures {api.shape}, the model {self.shape}")
-            if api.name != running:  # that one was checked when it was begun
-                self._check_classes(api, known)
-                self._check_cost(api, raw.get(api.name))
-                known |= set(self._names(api))
-        if todo and self.config.queries == "generators":
-            with torch.no_grad(), seeded(run.seed):
-                made = tuple(self.make_generators()[0](torch.zeros(2, self.config.latent)).shape[1:])
-            if made != self.shape:
-                raise ConfigError(f"the generator makes pictures {made}, the model takes {self.shape}")
-        return todo
-
-    def _check_classes(self, api: Api, known: set[str]) -> None:
-        called, given = self._names(api), self.mapping.get(api.name, {})
-        for name in given:
-            if name not in api.classes:
-                raise ConfigError(f"API {api.name!r} has no class {name!r}", hint=did_you_mean(name, api.classes))
-        unclear = [n for c, n in zip(api.classes, called, strict=True) if n in known and c not in given]
-        unclear += [name for name in called if called.count(name) > 1]
-        if unclear:
-            raise ConfigError(
-                f"class {unclear[0]!r} of API {api.name!r} is taken already",
-                hint="say in mapping={api: {its name: name here}} whether it is the same class or another one",
-            )
-
-    def _check_cost(self, api: Api, raw: Tensor | None) -> None:
-        if raw is not None and (tuple(raw.shape[1:]) != self.shape or not len(raw)):
-            raise ConfigError(f"raw inputs of API {api.name!r} are {tuple(raw.shape)}, not (n, *{self.shape})")
-        if raw is None and self.config.queries == "raw":
-            raise ConfigError(f"queries is 'raw', and there are no raw inputs for API {api.name!r}")
-        need, left = self.round_cost(raw) + (0 if raw is None else len(raw)), self.ledger.left(api)
-        if left < need:
-            raise ConfigError(
-                f"the budget of API {api.name!r} has {left} rows left; one round takes {need}",
-                hint="a larger budget, or a smaller batch_size, model_steps or directions",
-            )

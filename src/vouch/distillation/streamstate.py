@@ -26,8 +26,11 @@ def pack(stream: APIStream) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = _parts("features", stream.features) | _parts("head", stream.head)
     for number, (inputs, answers) in enumerate(stream.memory):
         tensors |= {f"memory.{number}.inputs": inputs, f"memory.{number}.answers": answers}
+    stream.saves += 1
     progress: dict[str, Any] = {
-        "epoch": stream.rounds,
+        "epoch": stream.saves,  # it names the file, so that each state has its own, also within a round
+        "rounds": stream.rounds,
+        "ledger": stream.ledger.rows,
         "config": stream.config.model_dump(mode="json"),
         "names": [[stream.head.classes[stream.head.owner[c]] for c in group] for group in stream.head.groups],
         "apis": stream.apis,
@@ -41,7 +44,7 @@ def pack(stream: APIStream) -> tuple[dict[str, Tensor], dict[str, Any]]:
         progress["task"] = {
             "name": task.name,
             "step": task.step,
-            "half": task.half,
+            "planned": task.planned,
             "low": task.low,
             "old": task.old is not None,
         }
@@ -82,7 +85,8 @@ def unpack(stream: APIStream, path: Path) -> None:
             for number in range(progress["memories"])
         ]
         stream.apis, stream.stopped, stream.matrices = progress["apis"], progress["stopped"], progress["matrices"]
-        stream.rounds, stream.task = progress["epoch"], None
+        stream.rounds, stream.saves, stream.task = progress["rounds"], progress["epoch"], None
+        stream.ledger.at_least(progress["ledger"])
         if progress["task"] is not None:
             stream.task = _unpack_task(stream, progress["task"], tensors)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -102,7 +106,7 @@ def _unpack_task(stream: APIStream, saved: dict[str, Any], tensors: dict[str, Te
     task.raw_answers = tensors["raw.answers"]
     kept = task.reservoir
     kept.inputs, kept.answers, kept.keys = (tensors[f"kept.{name}"] for name in ("inputs", "answers", "keys"))
-    task.step, task.half, task.low = saved["step"], saved["half"], saved["low"]
+    task.step, task.planned, task.low = saved["step"], saved["planned"], saved["low"]
     return task
 
 

@@ -26,8 +26,8 @@ class Task:
     """What is needed while one API is learned, and dropped after.
 
     Attributes:
-        step: steps done. low: the last model steps in a row whose answers had collapsed. half: the step after which
-            answers are kept for the memory. stopped: why it ended.
+        step: steps done. planned: steps that iterations and budget allow; answers are kept for the memory from half of
+            them on. low: the last model steps in a row whose answers had collapsed. stopped: why it ended.
         old: the features as they were before this API, where similarity to them counts.
         raw, raw_answers: real inputs, and what the API said to them.
     """
@@ -59,7 +59,7 @@ class Task:
         self.reservoir = Reservoir(config.memory, stream.shape, len(columns), device)
         self.raw = torch.empty(0, *stream.shape, device=device) if raw is None else raw.to(device)
         self.raw_answers = torch.empty(0, len(columns), device=device)
-        self.step = self.low = self.half = 0
+        self.step = self.low = self.planned = 0
         self.stopped = "finished"
 
     @classmethod
@@ -69,7 +69,7 @@ class Task:
         old = copy.deepcopy(stream.features) if remembers else None
         task = cls(stream, api.name, stream.head.grow(names), raw, old)
         cost, left = stream.round_cost(raw), stream.ledger.left(api) - len(task.raw)
-        task.half = min(stream.config.iterations, left // cost if cost else sys.maxsize) * task.a_round // 2
+        task.planned = min(stream.config.iterations, left // cost if cost else sys.maxsize) * task.a_round
         return task
 
     @property
@@ -85,9 +85,11 @@ class Task:
         """
         config, number, total = self.config, len(self.stream.apis), self.config.iterations * self.a_round
         row: dict[str, float] = {}
-        if len(self.raw) > len(self.raw_answers):
-            self.raw_answers = api.ask(self.raw, "raw", self.stream.ledger)
-            self.raw = self.raw[: len(self.raw_answers)]
+        while len(self.raw) > (done := len(self.raw_answers)):  # one request each, so that no answer is lost
+            answers = api.ask(self.raw[done : done + api.max_rows], "raw", self.stream.ledger)
+            self.raw_answers = torch.cat([self.raw_answers, answers])
+            if not len(answers):  # failed requests took the budget
+                self.raw = self.raw[:done]
         while self.step < total:
             if config.queries != "raw" and not self.stream.ledger.left(api):
                 self.stopped = "budget"
@@ -95,11 +97,11 @@ class Task:
             if self.low >= config.collapse_patience:
                 self.stopped = "collapsed"
                 break
-            if self.step == self.half:
+            if self.step == self.planned // 2:
                 self.reservoir.clear()
             self._seed(seed, number, self.step)
             searches = config.queries == "generators" and self.step % self.a_round == 0
-            row |= self.generator_step(api) if searches else self.model_step(api, self.step / total)
+            row |= self.generator_step(api) if searches else self.model_step(api, self.step / self.planned)
             self.step += 1
             if self.step % self.a_round == 0:
                 yield row
