@@ -39,7 +39,8 @@ def average(
     if bool((weight_K < 0).any()) or float(weight_K.sum()) <= 0:
         raise ConfigError(f"the weights are {weight_K.tolist()}; none may be negative, nor all 0")
     weight_K /= weight_K.sum()
-    return family.merge(lambda name, base, models_K: weighted(weight_K, models_K))
+    listed = weight_K.tolist()
+    return family.merge(lambda name, base, models_K: weighted(weight_K, models_K), "average", weights=listed)
 
 
 def task_arithmetic(
@@ -59,17 +60,18 @@ def task_arithmetic(
     """
     family = Family(models, base, **options)
     if isinstance(weight, Mapping) and weight and isinstance(next(iter(weight.values())), Sequence):
-        rows = by_model(weight, family.parameters, "weights")
-        weights = {name: weights_of(row, family.names) for name, row in rows.items()}  # type: ignore[arg-type]
+        by_tensor = by_model(weight, family.parameters, "weights")
+        weights = {name: weights_of(row, family.names) for name, row in by_tensor.items()}  # type: ignore[arg-type]
+        told: object = {name: row.tolist() for name, row in weights.items()}
     else:
         same = weights_of(weight, family.names)  # type: ignore[arg-type]
-        weights = dict.fromkeys(family.parameters, same)
+        weights, told = dict.fromkeys(family.parameters, same), same.tolist()
 
     def recipe(name: str, base: Tensor | None, models_K: Tensor) -> Tensor:
         assert base is not None
         return base + weighted(weights[name], models_K - base)
 
-    return family.merge(recipe)
+    return family.merge(recipe, "task-arithmetic", weight=told)
 
 
 def weighted(weight_K: Tensor, x_K: Tensor) -> Tensor:

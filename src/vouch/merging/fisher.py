@@ -63,7 +63,7 @@ def fisher(
         merged = (weight_K * models_K).sum(0) / total.clamp(min=torch.finfo(total.dtype).tiny)
         return torch.where(total > 0, merged, models_K.mean(0))
 
-    return family.merge(recipe)
+    return family.merge(recipe, "fisher", normalise=normalise, floor=floor)
 
 
 def fisher_information(

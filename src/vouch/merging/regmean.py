@@ -66,7 +66,7 @@ def regmean(
             return models_K.mean(0)
         return torch.linalg.solve(left, right).T.to(models_K)
 
-    return family.merge(recipe)
+    return family.merge(recipe, "regmean", shrink=shrink)
 
 
 def gram_matrices(encoder: nn.Module, inputs: Inputs, *, limit: int = 256, batch_size: int = 64) -> dict[str, Tensor]:

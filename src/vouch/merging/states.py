@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from vouch import __version__
 from vouch.errors import ConfigError, DataError, did_you_mean
-from vouch.merging.stored import Kind, Source, State, StateFile, file_order, kinds, open_state, write_state
+from vouch.merging.stored import Kind, Source, State, StateFile, file_order, fingerprint, kinds, open_state, write_state
 
 Models = Mapping[str, Source] | Sequence[Source]
 Recipe = Callable[[str, Tensor | None, Tensor], Tensor]
@@ -67,16 +68,17 @@ class Family:
         out: str | Path | None = None,
         exclude: Sequence[str] = (),
         max_distance: float | None = 1.0,
-        buffers: Iterable[str] = (),
+        network: nn.Module | None = None,
     ) -> None:
-        """Open and check the states; see `Options`. `buffers` names floating point tensors that are no parameters.
+        """Open and check the states; see `Options`. A `network` of this architecture tells buffers and tied parameters.
 
         Raises:
             ConfigError: there is no model, or `models` is not a collection of states.
             DataError: the models differ; the message names the first tensors that do.
             StorageError: a file cannot be read.
         """
-        self.out, self.exclude, self.max_distance = out, tuple(exclude), max_distance
+        self.out, self.max_distance = out, max_distance
+        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self.models = opened(models)
         self.base = None if base is None else open_state(base)
         if self.base is not None and not self.base:
@@ -85,10 +87,12 @@ class Family:
         self.reference = first if self.base is None else self.base
         self.layout = {name: kind for name, kind in kinds(self.reference).items() if not self._excluded(name)}
         self._check_same()
-        modules = [each for each in (base, *_values(models)) if isinstance(each, nn.Module)]
-        known = {name for module in modules for name, _ in module.named_buffers()} | set(buffers)
+        modules = [each for each in (network, base, *_values(models)) if isinstance(each, nn.Module)]
+        known = {name for module in modules for name, _ in module.named_buffers()}
         floating = [name for name, (dtype, _) in self.layout.items() if dtype.is_floating_point]
-        self.tied = _tied(self.reference, floating)
+        self.tied = _tied(_places(self.reference), floating)
+        for module in modules:
+            self.tied |= _tied({name: id(p) for name, p in module.named_parameters(remove_duplicate=False)}, floating)
         free = [name for name in floating if name not in self.tied]
         self.statistics = [name for name in free if name in known or name.rsplit(".", 1)[-1] in STATISTICS]
         self.parameters = [name for name in free if name not in set(self.statistics)]
@@ -140,8 +144,8 @@ class Family:
                 hint="merge models that were fine-tuned from this base, or pass max_distance=None if they were",
             )
 
-    def merge(self, recipe: Recipe) -> State:
-        """The merged state, in memory or, where there is an `out`, in that file.
+    def merge(self, recipe: Recipe, method: str, **settings: Any) -> State:
+        """The merged state, in memory or, where there is an `out`, in that file with a record of how it was made.
 
         Raises:
             DataError: values that are not finite, before or after, or models too far from the base.
@@ -151,11 +155,24 @@ class Family:
             self._warn()
         layout = {**self.layout, **self._kept_kinds()}
         if self.out is not None:
-            write_state(self.out, layout, self._merged(file_order(layout), recipe))
+            record = self.record(method, settings)
+            write_state(self.out, layout, self._merged(file_order(layout), recipe), record)
             return StateFile(self.out)
         aliases = {alias for alias in self.tied if alias in layout}
         merged = dict(self._merged([name for name in layout if name not in aliases], recipe))
         return {name: merged[self.tied.get(name, name)] for name in layout}
+
+    def record(self, method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """How a merged state is made: method, settings, and the hashes of what it is made from; plain JSON."""
+        sources = {who: fingerprint(state) for who, state in self.models.items()}
+        return {
+            "method": method,
+            "settings": dict(settings),
+            "exclude": list(self.exclude),
+            "base": None if self.base is None else fingerprint(self.base),
+            "models": sources,
+            "version": __version__,
+        }
 
     def _merged(self, names: Sequence[str], recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
         parameters, statistics = set(self.parameters), set(self.statistics)
@@ -272,20 +289,21 @@ def _values(models: Models) -> list[Source]:
     return list(models.values()) if isinstance(models, Mapping) else list(models)
 
 
-def _tied(state: State, names: Sequence[str]) -> dict[str, str]:
-    """Names whose tensor is the same memory as an earlier one's. Files hold copies, and so no ties."""
+def _places(state: State) -> dict[str, object]:
+    """Where in memory each tensor lies. Files hold copies, and so no ties."""
     if isinstance(state, StateFile):
         return {}
-    seen: dict[tuple[object, ...], str] = {}
-    tied = {}
-    for name in names:
-        tensor = state[name]
-        if tensor.numel() == 0:
-            continue
-        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-        if seen.setdefault(place, name) != name:
-            tied[name] = seen[place]
-    return tied
+    return {
+        name: (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        for name, tensor in state.items()
+        if tensor.numel()
+    }
+
+
+def _tied(places: Mapping[str, object], names: Sequence[str]) -> dict[str, str]:
+    """Names whose tensor is the same as that of an earlier name, and the first such name."""
+    first: dict[object, str] = {}
+    return {name: first[at] for name in names if (at := places.get(name)) and first.setdefault(at, name) != name}
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ tensor, then their bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
 }  # fmt: skip
+RECORD = "vouch.merge"
+"""Where in a file's header the record is."""
 LETTERS = {dtype: letters for letters, dtype in DTYPES.items()}
 
 
@@ -52,6 +55,7 @@ class StateFile(Mapping[str, Tensor]):
             if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
                 raise StorageError(f"{self.path.name!r} has no 'weight_map': it is no index of a sharded state")
             parts = [self.path.parent / Path(name).name for name in sorted(set(index["weight_map"].values()))]
+        self.parts = parts
         self._part: dict[str, Any] = {}
         self.kinds: dict[str, Kind] = {}
         for part in parts:
@@ -114,20 +118,28 @@ def file_order(layout: Mapping[str, Kind]) -> list[str]:
     return sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
 
 
-def write_state(path: Path | str, layout: Mapping[str, Kind], tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_state(
+    path: Path | str,
+    layout: Mapping[str, Kind],
+    tensors: Iterable[tuple[str, Tensor]],
+    record: Mapping[str, Any] | None = None,
+) -> None:
     """Write a safetensors file from tensors that come in `file_order`; it appears only when all are there.
+
+    A `record` of how they were made, plain JSON, is kept in the header: see `read_record`.
 
     Raises:
         StorageError: the file cannot be written. DataError: a tensor is not what `layout` says, or its type has no
             name in the format.
     """
-    order, place, header = file_order(layout), 0, {"__metadata__": {"format": "pt"}}
+    about = {"format": "pt"} if record is None else {"format": "pt", RECORD: json.dumps(record, allow_nan=False)}
+    order, place, header = file_order(layout), 0, dict[str, Any]({"__metadata__": about})
     for name in order:
         dtype, shape = layout[name]
         if dtype not in LETTERS:
             raise DataError(f"{name!r} is of type {dtype}, which safetensors files cannot hold")
         size = dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": LETTERS[dtype], "shape": list(shape), "data_offsets": [place, place + size]}  # type: ignore[dict-item]
+        header[name] = {"dtype": LETTERS[dtype], "shape": list(shape), "data_offsets": [place, place + size]}
         place += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -137,10 +149,44 @@ def write_state(path: Path | str, layout: Mapping[str, Kind], tensors: Iterable[
         for name, tensor in tensors:
             if name != next(waiting, None) or layout[name] != (tensor.dtype, tuple(tensor.shape)):
                 raise DataError(f"{name!r} ({tensor.dtype}, {tuple(tensor.shape)}) was not to be written here")
-            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            file.write(raw.numpy().data)
+            file.write(_bytes(tensor))
         if (missing := next(waiting, None)) is not None:
             raise DataError(f"{missing!r} was not given")
+
+
+def read_record(path: Path | str) -> dict[str, Any]:
+    """How the state in a file was merged: method, settings, coefficients, and the hashes of what it was made from.
+
+    Raises:
+        StorageError: the file is not there, is no safetensors file, or has no such record.
+    """
+    from safetensors import safe_open
+
+    with safe_open(StateFile(path).parts[0], framework="pt") as file:
+        about = file.metadata() or {}
+    if RECORD not in about:
+        raise StorageError(f"{Path(path).name!r} has no record of a merge", where=str(path))
+    record: dict[str, Any] = json.loads(about[RECORD])
+    return record
+
+
+def fingerprint(state: State) -> dict[str, str]:
+    """What a state is: of a file its path and the sha256 of its bytes, else the sha256 of names, types and values."""
+    digest = hashlib.sha256()
+    if isinstance(state, StateFile):
+        for part in state.parts:
+            with open(part, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return {"path": str(state.path), "sha256": digest.hexdigest()}
+    for name, (dtype, shape) in sorted(kinds(state).items()):
+        digest.update(f"{name} {dtype} {shape}\n".encode())
+        digest.update(_bytes(state[name]))
+    return {"sha256": digest.hexdigest()}
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def save_state(path: Path | str, state: State) -> None:
@@ -151,5 +197,3 @@ def save_state(path: Path | str, state: State) -> None:
     """
     layout = kinds(state)
     write_state(path, layout, ((name, state[name]) for name in file_order(layout)))
-
-

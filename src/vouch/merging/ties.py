@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vouch.errors import ConfigError
-from vouch.merging.arithmetic import Weight, weights_of
+from vouch.merging.arithmetic import weights_of
 from vouch.merging.states import Family, Models, Options
 from vouch.merging.stored import Source, State
 
@@ -64,7 +64,7 @@ def ties(
             total = total / (agreed_K != 0).sum(0).clamp(min=1)
         return base + by * total
 
-    return trimmed.family.merge(recipe)
+    return trimmed.family.merge(recipe, "ties", weight=by, keep=keep, merge=merge)
 
 
 class Trimmed:
