@@ -189,7 +189,7 @@ def test_against_a_fixed_discriminator_reversal_makes_the_student_look_like_a_te
     assert told.item() < 0.3 < math.log(2) / 2
 
     def as_teacher() -> float:
-        return float((judges[0](student)[:, 1] - judges[0](student)[:, 0]).mean())
+        return (judges[0](student)[:, 1] - judges[0](student)[:, 0]).mean().item()
 
     for weight, sign in ((-1.0, 1), (1.0, -1)):  # reversed, cooperative
         (gradient,) = torch.autograd.grad(judges.losses([student], [teacher], [weight])[0], student)
@@ -627,7 +627,7 @@ def test_training_on_labels_learns() -> None:
     train, valid, _ = parts(drawn(n_train=300, n_test=60), n_valid=60)
     torch.manual_seed(0)
     network = SmallNet(4, (6, 8, 8), residual=True)
-    batches = PictureBatches(train)
+    batches = PictureBatches(train, flip=False)
     report = train_on_labels(network, batches, config=SGDConfig(epochs=8), run=CPU, validate=watching(valid))
     assert report.history[-1]["labels"] < 0.5 * report.history[0]["labels"]
     assert float(right(network, train).float().mean()) > 0.7
