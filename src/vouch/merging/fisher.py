@@ -67,7 +67,7 @@ def fisher(
 
 
 def fisher_information(
-    encoder: nn.Module, inputs: Inputs, head: Head, *, limit: int = 256, classes_at_once: int = 64
+    encoder: nn.Module, inputs: Inputs, head: Head | None = None, *, limit: int = 256, classes_at_once: int = 64
 ) -> dict[str, Tensor]:
     """The diagonal Fisher information of every trained parameter of a network, under the head of its task.
 
@@ -75,7 +75,8 @@ def fisher_information(
     `classes_at_once` classes, one batched backward pass an input.
 
     Args:
-        inputs: see `Inputs`. limit: most of them that are used.
+        inputs: see `Inputs`. head: from features to logits; without, the network gives logits.
+        limit: most inputs that are used.
 
     Raises:
         DataError: there are no inputs. ConfigError: the network does not give features `(B, D)`, or nothing is trained.
@@ -91,7 +92,8 @@ def fisher_information(
                 if seen == limit:
                     break
                 seen += 1
-                log_p_C = head(encode(encoder, row)).log_softmax(1)[0]
+                z = encode(encoder, row)
+                log_p_C = (z if head is None else head(z)).log_softmax(1)[0]
                 # sum_c p_c g_c^2 = sum_c (sqrt(p_c) g_c)^2
                 root_CC = torch.diag(log_p_C.detach().exp().sqrt())
                 blocks = root_CC.split(classes_at_once)
