@@ -182,6 +182,11 @@ class Teaching(Term):
         scores = score_items(encoder, hidden_BTD.flatten(0, 1).index_select(0, at), items)
         return [*taps, scores]
 
+    def close(self) -> None:
+        """Take the hooks off student and teachers."""
+        for depths in (self.depths, *self.their_depths):
+            depths.close()
+
     def diagnose(self) -> dict[str, float]:
         """How far the student's scores are from the teacher's, and how well discriminators tell them (0.69: not at all)."""
         return {f"meal.{name}": float(value) for name, value in self.last.items()}
@@ -219,7 +224,7 @@ def taught(
     """
     student.prepare(split.train)
     check_teachers(teachers, student, split)
-    begin = student.begin
+    begin, made = student.begin, []
 
     def weighed(split: Split) -> Objective:
         objective = begin(split)
@@ -229,6 +234,7 @@ def taught(
             teaching = objective.terms["meal"]
             assert isinstance(teaching, Teaching)
             teaching.share = 1 - label_weight
+            made.append(teaching)
         return objective
 
     held: Any = student
@@ -237,6 +243,8 @@ def taught(
         yield
     finally:
         del held.begin, held.teachers
+        for teaching in made:
+            teaching.close()
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,8 @@ def score_items(encoder: SequenceEncoder, hidden: Tensor, items: Tensor | None =
 class Depths:
     """Makes an encoder leave the outputs of its blocks, `(B, T, D)` each, in the context of every pass that has one.
 
-    The last block's is left out: it is the encoder's own output, but for a norm. The hooks go when this object goes.
+    The last block's is left out: it is the encoder's own output, but for a norm. `close` takes the hooks off, at the
+    latest when this object goes.
     """
 
     def __init__(self, encoder: SequenceEncoder) -> None:
@@ -141,7 +142,7 @@ class Depths:
 
         hooks = [block.register_forward_hook(keep(number)) for number, block in enumerate(self.blocks)]
         hooks += [encoder.register_forward_pre_hook(enter, with_kwargs=True), encoder.register_forward_hook(leave)]
-        weakref.finalize(self, _remove, hooks)
+        self.close = weakref.finalize(self, _remove, hooks)
 
     def pick(self, context: Context, last: Tensor, count: int) -> list[Tensor]:
         """`count` outputs of a pass, its `last` one and some before it, evenly spread; of a shallow network some twice."""
