@@ -67,6 +67,8 @@ class MealSettings(Config):
     def __init__(self, **values: Any) -> None:
         if isinstance(values.get("teachers"), str):
             values["teachers"] = tuple(name.strip() for name in values["teachers"].split(",") if name.strip())
+        if "adversary" in values:  # the command line reads `none` as no value
+            values["adversary"] = values["adversary"] or "none"
         super().__init__(**values)
 
 
