@@ -20,8 +20,6 @@ The paper adapts to the very inputs that it reports on. Inputs of the same kind 
 from __future__ import annotations
 
 import math
-import sys
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +34,7 @@ from torch.func import functional_call
 
 from vouch.config import Config, Span, setting
 from vouch.errors import ConfigError, DataError, TrainingError
+from vouch.evaluation.cost import measure
 from vouch.merging.arithmetic import weighted
 from vouch.merging.states import Family, Models, by_model
 from vouch.merging.stored import Source, State
@@ -73,7 +72,7 @@ class AdaMergingReport:
     Attributes:
         entropy: of each task, mean of each step. spread: entropy of the classes predicted lately, as a share of log C.
         steps: updates made. stopped: `finished`, or `collapse of TASK`.
-        seconds: of the learning. memory: most bytes: allocated on the GPU, or held by the process.
+        seconds: of the learning. memory_mb: most memory, in MiB: allocated on the GPU, or taken by the process.
     """
 
     entropy: dict[str, list[float]] = field(default_factory=dict)
@@ -81,7 +80,7 @@ class AdaMergingReport:
     steps: int = 0
     stopped: str = "finished"
     seconds: float = 0.0
-    memory: int = 0
+    memory_mb: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,12 +145,16 @@ def adamerging(
     family = Family(models, base, network=network, out=out, exclude=exclude, max_distance=max_distance)
     if isinstance(inputs, Tensor):
         raise ConfigError("inputs is one tensor", hint="give a list with the inputs of each model's task")
-    mixture = Mixture(network, family, heads, config)
     streams: dict[str, Endless] = {
         who: Endless(who, given, config.batch_size, config.seed)  # type: ignore[arg-type]
         for who, given in by_model(inputs, family.names, "inputs").items()
     }
-    report = _learn(mixture, streams, config, on_step)
+    with measure() as cost:
+        mixture = Mixture(network, family, heads, config)
+        report = _learn(mixture, streams, config, on_step)
+    report.seconds, report.memory_mb = cost.wall_seconds, cost.peak_memory_mb
+    if mixture.device.type == "cuda":
+        report.memory_mb = torch.cuda.max_memory_allocated(mixture.device) / 2**20
     coefficients = mixture.used().cpu()
     told = {"config": config.model_dump(mode="json"), "coefficients": coefficients.tolist(), "layers": mixture.layers}
 
@@ -293,7 +296,6 @@ def _learn(
     report = AdaMergingReport({task: [] for task in streams}, {task: [] for task in streams})
     optimizer = torch.optim.Adam([mixture.raw], lr=config.learning_rate)
     spread = {task: Spread() for task in streams}
-    begin, on_gpu = time.perf_counter(), mixture.device.type == "cuda"
     with evaluating(mixture.network, *mixture.heads.values()), torch.enable_grad():
         for step in range(1, config.steps + 1):
             theta = mixture.theta()
@@ -330,8 +332,6 @@ def _learn(
             optimizer.step()
             if on_step is not None:
                 on_step(step, mixture.used().cpu())
-    report.seconds = time.perf_counter() - begin
-    report.memory = torch.cuda.max_memory_allocated(mixture.device) if on_gpu else _most_memory()
     return report
 
 
@@ -361,7 +361,7 @@ class Spread:
 
 def entropy(logits: Tensor) -> Tensor:
     """`H(softmax(logits))` `(B,)` of logits `(B, C)`, in nats."""
-    log_p = logits.float().log_softmax(1)
+    log_p = (logits.float() if logits.dtype.itemsize < 4 else logits).log_softmax(1)
     return -(log_p.exp() * log_p).sum(1)
 
 
@@ -369,12 +369,3 @@ def _cross_entropy(task: str, logits: Tensor, y: Tensor | None) -> Tensor:
     if y is None:
         raise DataError(f"there are no labels of task {task!r}", hint="give (inputs, labels), or objective='entropy'")
     return F.cross_entropy(logits, y.to(logits.device))
-
-
-def _most_memory() -> int:
-    """Most bytes that this process has held; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
