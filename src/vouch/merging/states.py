@@ -96,7 +96,8 @@ class Family:
         free = [name for name in floating if name not in self.tied]
         self.statistics = [name for name in free if name in known or name.rsplit(".", 1)[-1] in STATISTICS]
         self.parameters = [name for name in free if name not in set(self.statistics)]
-        self._lengths: dict[str, Tensor] = {}
+        self._measured: set[str] = set()
+        self._squares = [0.0] * (1 + len(self.models))  # of the base, and of each way from it
 
     @property
     def names(self) -> list[str]:
@@ -113,9 +114,10 @@ class Family:
         device = self.reference[name].device if not isinstance(self.reference, StateFile) else torch.device("cpu")
         found = [self._finite(f"model {who!r}", name, state[name]).to(device) for who, state in self.models.items()]
         stacked = torch.stack(found)
-        if base is not None and base.ndim > 1 and name not in self._lengths:
-            moved = (stacked - base).flatten(1).double().square().sum(1)
-            self._lengths[name] = torch.cat([base.double().square().sum()[None], moved]).cpu()
+        if base is not None and base.ndim > 1 and name not in self._measured:
+            self._measured.add(name)
+            for at, each in enumerate((base, *(stacked - base))):
+                self._squares[at] += float(torch.linalg.vector_norm(each, dtype=torch.float64)) ** 2
         return base, stacked
 
     def vectors(self, name: str) -> Tensor:
@@ -130,16 +132,13 @@ class Family:
         Raises:
             DataError: a model is more than `max_distance` away.
         """
-        if self.max_distance is None or not self._lengths:
+        if self.max_distance is None or not self._squares[0]:
             return
-        total = torch.stack(list(self._lengths.values())).sum(0)
-        if total[0] == 0:
-            return
-        far = (total[1:] / total[0]).sqrt()
-        worst = int(far.argmax())
+        far = [(square / self._squares[0]) ** 0.5 for square in self._squares[1:]]
+        worst = max(range(len(far)), key=far.__getitem__)
         if far[worst] > self.max_distance:
             raise DataError(
-                f"model {self.names[worst]!r} is {float(far[worst]):.2f} times the base's length away from the base: "
+                f"model {self.names[worst]!r} is {far[worst]:.2f} times the base's length away from the base: "
                 "it does not seem to descend from it",
                 hint="merge models that were fine-tuned from this base, or pass max_distance=None if they were",
             )
