@@ -1,0 +1,1 @@
+"""A trained run as an HTTP service with pages. Needs `pip install "vouch[service]"`."""
