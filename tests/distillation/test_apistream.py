@@ -388,17 +388,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("call", [1, 2, 6, 9, 14])
+@pytest.mark.parametrize(
+    ("name", "call"), [(name, call) for name in VARIANTS for call in (1, 2, 6, 9, 13) if name != "noise" or call < 10]
+)
 def test_going_on_after_a_failure_equals_never_failing(tmp_path: Path, name: str, call: int) -> None:
     """In a new process, at a raw input, in either kind of step; memory, log, accuracy and weights to the bit."""
     tests = {"api 0": (torch.randn(20, *SHAPE).tanh(), torch.arange(20) % 2)}
     whole = stream(**VARIANTS[name])
     expected = whole.learn([api(0), api(1)], raw=RAW, tests=tests, run=Run(path=tmp_path / "whole", device="cpu"))
     made, service = stream(**VARIANTS[name]), Network(1, fail_at=(call,))
-    calls = 1 + (3 if name != "noise" else 2) * 4
-    if call > calls:
-        pytest.skip("it is not asked as often")
     apis = [api(0), api(1, service, attempts=1)]
     with pytest.raises(ApiError, match="api 1"):
         made.learn(apis, raw=RAW, tests=tests, run=Run(path=tmp_path / "cut", device="cpu"))

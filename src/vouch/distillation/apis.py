@@ -316,10 +316,10 @@ def network_service(network: nn.Module) -> Service:
     """A torch classifier, pictures to logits, as a service in this process: for trying things out."""
 
     def answer(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        training = network.training
+        training, device = network.training, next((p.device for p in network.parameters()), torch.device("cpu"))
         network.eval()
         with torch.no_grad():
-            found = network(torch.from_numpy(inputs)).softmax(1).numpy()
+            found = network(torch.from_numpy(inputs).to(device)).softmax(1).cpu().numpy()
         network.train(training)
         return found
 
