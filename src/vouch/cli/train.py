@@ -23,6 +23,12 @@ def train(
     data: shared.Source,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
     settings: shared.Settings = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="Feedback columns to learn, by commas: short for --set tasks=...")
+    ] = None,
+    balancer: Annotated[
+        str | None, typer.Option("--balancer", help="How tasks are balanced: short for --set balancer=...")
+    ] = None,
     split_by: shared.SplitBy = "leave-one-out",
     seed: Annotated[int, typer.Option("--seed", help="Seed of every source of chance.", min=0)] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
@@ -55,12 +61,16 @@ def train(
 
     kind = registry.method(method)
     parse_device(device)
-    config = kind.Config.parse(settings or [])
+    short = [f"{name}={value}" for name, value in (("tasks", tasks), ("balancer", balancer)) if value is not None]
+    config = kind.Config.parse([*(settings or []), *short])
     chosen = shared.filters(k_core, min_value, duplicates, since, until)
     if resume and (out / "data" / "dataset.json").exists():
         dataset, kept = Dataset.open(out / "data"), True
     else:
-        found = read(data, format=format, columns=shared.parse_columns(columns), items=items)
+        mapping = shared.parse_columns(columns)
+        if tasks and data != "world" and not shared.is_prepared(data):
+            mapping = {"feedback": "+".join(name.strip() for name in tasks.split(",")), **(mapping or {})}
+        found = read(data, format=format, columns=mapping, items=items)
         dataset = apply(found, chosen)
         kept = shared.is_prepared(data) and dataset is found  # it lies where it was prepared
     made = cut(dataset, split_by)
@@ -87,6 +97,7 @@ def train(
         shared.say(f"\nstopped; {what if kept_last else 'no epoch was finished yet'} ({out})")
         raise typer.Exit(130) from None
     metrics = measure(model, made.valid, metrics=["NDCG@10", "HR@10", "MRR"], train=made.train).metrics
+    metrics |= model.measure(made.valid)
     finish_run(out, model, made, report, source=data, seed=seed, metrics=metrics)
     result = {
         "run": str(out),
@@ -140,6 +151,7 @@ def evaluate(
         train=made.train,
         catalog=made.dataset.catalog,
     )
+    found.metrics.update(opened.model.measure(made.test if part == "test" else made.valid))
     intervals = {name: bootstrap_interval(values) for name, values in found.per_case.items()}
     if as_json:
         shared.emit(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vouch import registry
 from vouch.config import Config as BaseConfig
-from vouch.data import Interactions, Queries, Query, Split, Vocabulary
+from vouch.data import Cases, Interactions, Queries, Query, Split, Vocabulary
 from vouch.errors import ConfigError, DataError, StorageError
 from vouch.files import atomic_directory, read_json, write_json
 from vouch.nn.topk import top_k
@@ -97,6 +97,11 @@ class Recommender(ABC):
     def item_vectors(self) -> Tensor | None:
         """`(n_items, D)` vectors, or None if the method does not factorise."""
         return None
+
+    def measure(self, cases: Cases) -> dict[str, float]:
+        """Metrics of its own besides those of rankings, by name: none, unless the method predicts more than rankings."""
+        del cases
+        return {}
 
     def similarities(self, items: NDArray[np.int64]) -> Tensor | None:
         """`(len(items), n_items)` similarity of each item to every other, or None; cosine of `item_vectors` if any."""
