@@ -8,7 +8,7 @@ import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 
-from vouch.nn.graphs import GCN, SAGE, Edges, GraphEncoder, draw_neighbours, mmd
+from vouch.nn.graphs import GCN, SAGE, Edges, GraphEncoder, draw_neighbours, mmd, weighted_sums
 
 
 def graph(n: int = 30, share: float = 0.3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -65,6 +65,17 @@ def test_a_node_without_neighbours_has_none() -> None:
     assert torch.allclose(gcn(x, edges)[0], gcn.linear(x[0]), atol=1e-6)
     want = F.normalize(sage.neighbours(torch.zeros(4)) + sage.own(x[0]), dim=0)
     assert torch.allclose(sage(x, edges)[0], want, atol=1e-6)
+
+
+def test_weighted_sums_and_their_gradient_by_a_dense_product() -> None:
+    torch.manual_seed(0)
+    source = torch.tensor([4, 1, 4, 0, 2, 2])  # the second node has no edge, and nothing leaves row 3
+    bounds, weight = torch.tensor([0, 2, 2, 5, 6]), torch.rand(6)
+    x, gradient = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3)
+    dense = torch.zeros(4, 5).index_put((torch.tensor([0, 0, 2, 2, 2, 3]), source), weight, accumulate=True)
+    made = weighted_sums(x, Edges(source, bounds, weight), weight)
+    made.backward(gradient)
+    assert torch.allclose(made, dense @ x, atol=1e-6) and torch.allclose(x.grad, dense.T @ gradient, atol=1e-6)
 
 
 def test_with_all_neighbours_the_encoder_is_its_dense_form() -> None:

@@ -157,12 +157,12 @@ class GCL4SREncoder(SequenceEncoder):
         codes = (rows_BT - 1).clamp(0, self.n_items - 1)
         if not self.training:
             one, two = self.catalogue()
-            return one[codes], two[codes]
+            return F.embedding(codes, one), F.embedding(codes, two)
         nodes, place = torch.unique(codes[rows_BT > 0], return_inverse=True)
         local = torch.zeros_like(codes).masked_scatter(rows_BT > 0, place)
         one = self.graph(self.item_vectors(), nodes)
         two = one if self.settings.views == "one" else self.graph(self.item_vectors(), nodes)
-        return one[local], two[local]
+        return F.embedding(local, one), F.embedding(local, two)
 
     @torch.no_grad()
     def catalogue(self) -> tuple[Tensor, Tensor]:
@@ -178,32 +178,40 @@ class GCL4SREncoder(SequenceEncoder):
         return self._catalogue
 
     def read(self, x_BTD: Tensor, lengths: Tensor, context: Context) -> Tensor:
-        """`(B, T, D)`: the query of every prefix."""
+        """`(B, T, D)`: the query of every prefix; zero after the end of a history.
+
+        What depends on a prefix and an item in it is computed for such pairs only, `P` of them in one row: half of
+        `B T T` where histories are of one length, and less where they are not.
+        """
         assert context.rows is not None
         B, T, D = x_BTD.shape
         Z = self.transformer(x_BTD, lengths, context=context)  # without positions, so the same in every prefix
         place = torch.arange(T, device=x_BTD.device)
-        age = (place.unsqueeze(1) - place).clamp(min=0)  # (T, J): how far item j lies behind end t
-        inside = (place.unsqueeze(1) >= place).unsqueeze(-1)  # (T, J, 1)
+        inside = (place.unsqueeze(1) >= place) & (place < lengths.unsqueeze(1)).unsqueeze(2)  # (B, T, J)
+        row, end, item = inside.nonzero().unbind(1)  # (P,)
+        age, whose, end = end - item, row * T + item, row * T + end
         W_z, W_a, W_b = self.fuse.weight.split(D, 1)
-        fused = (Z @ W_z.T).unsqueeze(1)  # (B, 1, J, D), then (B, T, J, D)
+        fused = (Z @ W_z.T).flatten(0, 1).index_select(0, whose)  # (P, D)
         if self.graph is not None:
             bias = self.user_bias(context, B)  # (B, L) by age
+            biases = bias.flatten().index_select(0, row * self.max_length + age)
+            oldest = bias.gather(1, (lengths.unsqueeze(1) - 1 - place).clamp(min=0))  # of whole histories
             gated = []
             for G, W in zip(self.views(context.rows), (W_a, W_b), strict=True):
-                r = torch.sigmoid(self.gate_item(G).squeeze(-1).unsqueeze(1) + bias[:, age])  # (B, T, J)
-                last = r[torch.arange(B, device=r.device), lengths - 1]  # of the whole history
-                gated.append((G, last.unsqueeze(-1) * G))
+                gate = self.gate_item(G).squeeze(-1)  # (B, T)
+                gated.append((G, torch.sigmoid(gate + oldest).unsqueeze(-1) * G))
+                r = torch.sigmoid(gate.flatten().index_select(0, whose) + biases).unsqueeze(-1)
                 # dropout of Q = r G is that of G, times r
-                fused = fused + r.unsqueeze(-1) * (self.dropout(G) @ W.T).unsqueeze(1)
+                fused = torch.addcmul(fused, r, (self.dropout(G) @ W.T).flatten(0, 1).index_select(0, whose))
             if self.training:
                 context.graph = gated
-        fused = fused.expand(B, T, T, D) * inside
-        mean = fused.sum(2) / (place + 1).unsqueeze(-1)  # (B, T, D)
+        sums = fused.new_zeros(B * T, D)
+        mean = sums.index_add(0, end, fused) / (place + 1).repeat(B).unsqueeze(-1)
         W_p, W_F = self.pool_in.weight.split(D, 1)
-        c = torch.tanh((self.position.weight[:T] @ W_p.T)[age] + fused @ W_F.T)
-        alpha = self.pool_out(torch.sigmoid(self.pool_own(c) + self.pool_mean(mean).unsqueeze(2))) * inside
-        return self.dropout((alpha * fused).sum(2))
+        c = torch.tanh((self.position.weight[:T] @ W_p.T).index_select(0, age) + fused @ W_F.T)
+        own = self.pool_own(c) + self.pool_mean(mean).index_select(0, end)
+        pooled = sums.index_add(0, end, self.pool_out(torch.sigmoid(own)) * fused)
+        return self.dropout(pooled.view(B, T, D))
 
     def user_bias(self, context: Context, B: int) -> Tensor:
         """`(B, L)` by age: what the user adds to the gate; 0 for unknown ones."""
@@ -267,7 +275,7 @@ class GraphContrast(Term):
         nodes, place = torch.unique(batch.items[seen], return_inverse=True)
         local = torch.zeros_like(batch.items).masked_scatter(seen, place)
         table = encoder.item.weight[1 : encoder.n_items + 1]
-        draws = [self.own(table, nodes)[local] for _ in range(2)]
+        draws = [F.embedding(local, self.own(table, nodes)) for _ in range(2)]
         return [(G, G) for G in draws]
 
     def distance(self, E_BTD: Tensor, Q_BTD: Tensor, real_BT: Tensor) -> Tensor:
