@@ -26,11 +26,13 @@ def test_the_main_claim_comes_first_and_variants_are_named_once() -> None:
     assert variants[0] == "accuracy" and len(set(variants)) == len(variants) == 8
 
 
-@pytest.mark.parametrize("claim", CLAIMS[:4], ids=lambda claim: claim.variant)
+@pytest.mark.parametrize("claim", [*CLAIMS[:4], CLAIMS[-1]], ids=lambda claim: claim.variant)
 def test_it_measures(claim: Claim) -> None:
     found = claim.measure(claim.read(claim.source("smoke")), "smoke", 0)
     assert all(math.isfinite(value) for value in (found.baseline, found.method, found.effect))
     json.dumps(dict(found.details), allow_nan=False)
+    if claim.variant == "layers":
+        assert found.details["baseline_parameters"] == found.details["method_parameters"]
     if claim.variant == "bias":
         assert found.effect == pytest.approx(0.9 * found.baseline - found.method) and found.method < found.baseline
     else:

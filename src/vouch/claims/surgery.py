@@ -29,6 +29,8 @@ STEPS = {"smoke": 40, "desk": 1000, "full": 1000}
 ADAPTING = {"smoke": 20, "desk": 500, "full": 500}
 SHARES = (0.01, 0.1, 0.3, 0.5, 1.0)
 """Of the stream at which the online way is read."""
+LAYERS = ("first_norm", "norms.0", "norms.1")
+"""Of the encoder, besides its output."""
 
 
 def arithmetic(made: Experts) -> tuple[State, float]:
@@ -280,19 +282,28 @@ class HigherRank(_Surgery):
 
 @register_claim
 class EveryLayer(_Surgery):
-    """Corrections inside the network correct more than one at its output."""
+    """Corrections inside the network correct more than one at its output, with as many numbers and updates."""
 
     variant = "layers"
-    statement = "Corrections of rank 16 after every layer give a higher mean accuracy than one after the last."
-    baseline = "a correction of the output"
-    method = "corrections of every layer's output"
+    statement = (
+        "Corrections of rank 16 after every layer give a higher mean accuracy than one after the last with as many "
+        "numbers and updates."
+    )
+    baseline = "a correction of the output, with the numbers and updates of all layers'"
+    method = "corrections of rank 16 of every layer's output"
     reported = "follow-up paper (arXiv 2410.14389): higher than with one at the output (values not known)"
 
     def measure(self, dataset: Collections, scale: Scale, seed: int) -> Measurement:
         """Correct the output, and all layers."""
         made = experts(dataset, seed, scale)
         state, _ = arithmetic(made)
-        last = Operated(made, state, scale, seed)
-        every = Operated(made, state, scale, seed, layers=["first_norm", "norms.0", "norms.1"])
-        more = {"bias_output": last.after, "bias_every": every.after, "plain_accuracy": float(np.mean(last.plain))}
-        return compared(made, last.corrected, every.corrected, **more)
+        inner, budget, steps = 4 if scale == "smoke" else 16, made.budget, (len(LAYERS) + 1) * STEPS[scale]
+        every = Operated(made, state, scale, seed, rank=inner, layers=LAYERS)
+        rank = inner * (len(LAYERS) * budget.width + budget.features) // budget.features
+        last = Operated(made, state, scale, seed, rank=rank, steps=steps)
+        numbers = {"baseline": last, "method": every}
+        more: dict[str, float] = {
+            f"{who}_parameters": each.report.parameters[made.tasks[0]] for who, each in numbers.items()
+        }
+        more |= {f"{who}_bias": float(np.mean(each.after)) for who, each in numbers.items()}
+        return compared(made, last.corrected, every.corrected, plain_accuracy=float(np.mean(last.plain)), **more)
