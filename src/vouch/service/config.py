@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from vouch.config import Config, setting
 from vouch.errors import ConfigError, did_you_mean
@@ -45,13 +45,13 @@ class ServiceConfig(Config):
     poll_seconds: float = setting(1.0, "How often a worker looks for changes made through other workers.", gt=0)
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None, **given: object) -> Self:
+    def from_environment(cls, environment: Mapping[str, str] | None = None, **given: Any) -> Self:
         """Settings of the environment, overridden by those given.
 
         Raises:
             ConfigError: a variable names no setting, or a value does not fit.
         """
-        found: dict[str, object] = {}
+        found: dict[str, Any] = {}
         for variable, value in (os.environ if environment is None else environment).items():
             if variable.startswith(PREFIX):
                 name = variable.removeprefix(PREFIX).lower()
