@@ -20,7 +20,7 @@ from vouch.recommenders import load
 from vouch.recommenders.session.attenmixer import AttenMixerRecommender
 from vouch.recommenders.session.base import ByTime
 from vouch.recommenders.session.readouts import AttenMixer, SoftAttention
-from vouch.recommenders.session.srgnn import SRGNN, session_graphs
+from vouch.recommenders.session.srgnn import SRGNN, SessionGraphs, session_graphs
 from vouch.training import Run
 
 SMALL: dict[str, Any] = {
@@ -183,19 +183,39 @@ def test_heads_must_divide_the_size() -> None:
 # The graph ----------------------------------------------------------------------------------------------------
 
 
+def shares(graphs: SessionGraphs, b: int, e: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of one prefix, on places: `[to, from]` shares of the nodes before each, `[from, to]` of those after each."""
+    A = np.zeros((5, 5))
+    place = {int(graphs.node[b, e, j]): int(graphs.first[graphs.node[b, e, j]]) % 5 for j in range(e + 1)}
+    for source, target in zip(graphs.source.tolist(), graphs.target.tolist(), strict=True):
+        if source in place:
+            A[place[source], place[target]] += 1
+    return (A / np.maximum(A.sum(0, keepdims=True), 1)).T, A / np.maximum(A.sum(1, keepdims=True), 1)
+
+
 def test_session_graphs_by_loops() -> None:
-    rows = (ITEMS + 1).clamp(min=0)
-    node, incoming, outgoing = session_graphs(rows)
+    graphs = session_graphs((ITEMS + 1).clamp(min=0))
+    nodes, edges = 0, 0
     for b, n in enumerate(LENGTHS.tolist()):
         session = ITEMS[b, :n].tolist()
-        assert node[b, :n].tolist() == [session.index(item) for item in session]
         for e in range(n):
+            first = graphs.first[graphs.node[b, e, : e + 1]]
+            assert first.tolist() == [5 * b + session.index(item) for item in session[: e + 1]]
             A = np.zeros((5, 5))
             for i in range(e):
                 A[session.index(session[i]), session.index(session[i + 1])] = 1
-            out = A / np.maximum(A.sum(1, keepdims=True), 1)
-            into = (A / np.maximum(A.sum(0, keepdims=True), 1)).T
-            assert np.allclose(outgoing[b, e], out) and np.allclose(incoming[b, e], into)
+            incoming, outgoing = shares(graphs, b, e)
+            assert np.allclose(outgoing, A / np.maximum(A.sum(1, keepdims=True), 1))
+            assert np.allclose(incoming, (A / np.maximum(A.sum(0, keepdims=True), 1)).T)
+            nodes, edges = nodes + len(set(session[: e + 1])), edges + int(A.sum())
+            assert (graphs.node[b, e, e + 1 :] == len(graphs.first)).all()
+        assert (graphs.node[b, n:] == len(graphs.first)).all()
+    assert len(graphs.first) == nodes and len(graphs.source) == len(graphs.target) == edges
+
+
+def test_sessions_of_one_click_have_no_edges() -> None:
+    graphs = session_graphs(torch.tensor([[4], [2]]))
+    assert graphs.first.tolist() == [0, 1] and len(graphs.source) == 0 and graphs.node.flatten().tolist() == [0, 1]
 
 
 def test_propagation_by_loops(made: Split) -> None:
@@ -204,13 +224,14 @@ def test_propagation_by_loops(made: Split) -> None:
     context = Context()
     context.rows = (ITEMS[:1] + 1).clamp(min=0)
     got = network.see(x, context)
-    node, incoming, outgoing = session_graphs(context.rows)
+    graphs = session_graphs(context.rows)
     for e in range(5):
+        incoming, outgoing = shares(graphs, 0, e)
         for j in range(e + 1):
-            u = int(node[0, j])
-            before = sum(incoming[0, e, u, v] * network.before(x[0, v]) for v in range(5))
-            after = sum(outgoing[0, e, u, v] * network.after(x[0, v]) for v in range(5))
-            new = network.cell(torch.cat([before, after])[None], x[0, u][None])[0]
+            u = int(graphs.first[graphs.node[0, e, j]])
+            before = sum(incoming[u, v] * network.before(x[0, v]) for v in range(5))
+            after = sum(outgoing[u, v] * network.after(x[0, v]) for v in range(5))
+            new = network.cell(torch.cat([before, after])[None].float(), x[0, u][None])[0]
             assert torch.allclose(got[0, e, j], F.normalize(new, dim=0), atol=1e-5)
 
 

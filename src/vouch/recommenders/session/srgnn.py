@@ -8,7 +8,7 @@ graph out. Every prefix has a graph of its own, so a prefix cannot share the wor
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,26 +29,47 @@ class SRGNNConfig(SessionConfig):
     scale: float = setting(12.0, "factor on the cosine of session and item", gt=0)
 
 
-def session_graphs(rows_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The graph of every prefix, on places: an item's node is the place where it first occurs.
+class SessionGraphs(NamedTuple):
+    """The graphs of all prefixes of a batch as one graph: `P` nodes, one for each distinct item of each prefix.
+
+    Attributes:
+        first: int64 `(P,)`, where the node's item first occurs: row in the session times T, plus the place.
+        source, target: int64 `(E,)`, nodes that edges lead from and to; an edge stands once in a prefix.
+        node: int64 `(B, T, T)`, the node of item `j` in the prefix that ends at `e`; P where it is not in it.
+    """
+
+    first: Tensor
+    source: Tensor
+    target: Tensor
+    node: Tensor
+
+
+def session_graphs(rows_BT: Tensor) -> SessionGraphs:
+    """The graph of every prefix: its edges lead from each click to the next.
 
     Args:
         rows_BT: item rows, 0 at padding.
-
-    Returns:
-        node: int64 `(B, T)` of each place. incoming, outgoing: float `(B, E, T, T)`; row `u` of `incoming` holds the
-        shares of the nodes before `u` among all that go there, of `outgoing` those of the nodes after it.
     """
-    T = rows_BT.shape[1]
-    same = rows_BT.unsqueeze(2) == rows_BT.unsqueeze(1)
-    node = same.int().argmax(2)  # the first place of the same item
-    hot = torch.nn.functional.one_hot(node, T).float()  # (B, T, T)
-    real = (rows_BT > 0).float().unsqueeze(2)
-    step = (hot[:, :-1] * real[:, :-1]).unsqueeze(3) * (hot[:, 1:] * real[:, 1:]).unsqueeze(2)  # (B, T - 1, T, T)
-    edges = torch.nn.functional.pad(step.cumsum(1), (0, 0, 0, 0, 1, 0)).clamp(max=1)  # (B, E, from, to)
-    outgoing = edges / edges.sum(3, keepdim=True).clamp(min=1)
-    incoming = (edges / edges.sum(2, keepdim=True).clamp(min=1)).transpose(2, 3)
-    return node, incoming, outgoing
+    B, T = rows_BT.shape
+    place = torch.arange(T, device=rows_BT.device)
+    real = rows_BT > 0
+    inside = real.unsqueeze(2) & (place.unsqueeze(1) >= place)  # (B, E, T): place j is in the prefix that ends at e
+    first = (rows_BT.unsqueeze(2) == rows_BT.unsqueeze(1)).int().argmax(2)  # (B, T): where the item occurs first
+    nodes = inside & (first == place).unsqueeze(1)
+    row, _, begin = nodes.nonzero().unbind(1)
+    number = torch.zeros_like(nodes, dtype=torch.int64).masked_scatter(nodes, torch.arange(len(row), device=row.device))
+    node = number.gather(2, first.unsqueeze(1).expand(B, T, T))
+    step = first[:, :-1] * T + first[:, 1:]
+    new = (step.unsqueeze(2) == step.unsqueeze(1)).int().argmax(2) == place[:-1] if T > 1 else step > 0
+    edges = inside[:, :, 1:] & new.unsqueeze(1)  # (B, E, T - 1)
+    source, target = node[:, :, :-1].masked_select(edges), node[:, :, 1:].masked_select(edges)
+    return SessionGraphs(row * T + begin, source, target, node.masked_fill(~inside, len(row)))
+
+
+def mean_of(x_ED: Tensor, at: Tensor, size: int) -> Tensor:
+    """Mean `(size, D)` of the rows that go to each place; zero where none does."""
+    counts = torch.bincount(at, minlength=size).clamp(min=1)
+    return x_ED.new_zeros(size, x_ED.shape[1]).index_add(0, at, x_ED) / counts.unsqueeze(1)
 
 
 class SRGNNEncoder(SessionEncoder):
@@ -63,19 +84,20 @@ class SRGNNEncoder(SessionEncoder):
         self.start()
 
     def see(self, h_BTD: Tensor, context: Context) -> Tensor:
-        """`(B, E, T, D)`: the items of each prefix after propagation in its own graph."""
+        """`(B, E, T, D)`: the items of each prefix after propagation in its own graph; zero where there is none."""
         if self.steps == 0:
             return super().see(h_BTD, context)
         assert context.rows is not None
-        node, incoming, outgoing = session_graphs(context.rows)
-        B, T, D = h_BTD.shape
-        x = h_BTD.unsqueeze(1).expand(B, T, T, D)  # node u of each prefix; those that are no first place are not used
+        graphs = session_graphs(context.rows)
+        source, target, nodes = graphs.source, graphs.target, len(graphs.first)
+        x, at = h_BTD.flatten(0, 1), graphs.first  # before the first step a node has the vector of its place
         for _ in range(self.steps):
-            # a node that occurs first at `u` has the vector of that place
-            message = torch.cat([incoming @ self.before(x), outgoing @ self.after(x)], -1)
-            x = self.cell(message.flatten(0, 2), x.flatten(0, 2)).view(B, T, T, D)
-        index = node[:, None, :, None].expand(B, T, T, D)
-        return unit(x.gather(2, index))
+            before = self.before(x).index_select(0, at[source])
+            after = self.after(x).index_select(0, at[target])
+            message = torch.cat([mean_of(before, target, nodes), mean_of(after, source, nodes)], -1)
+            x = self.cell(message, x.index_select(0, at))
+            at = torch.arange(nodes, device=x.device)
+        return nn.functional.embedding(graphs.node, nn.functional.pad(unit(x), (0, 0, 0, 1)))
 
 
 @register(
