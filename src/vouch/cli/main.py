@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from vouch.cli import claims, compare, data, distil, train
+from vouch.cli import claims, compare, data, distil, merge, train
 from vouch.cli.shared import complain
 from vouch.errors import VouchError
 
@@ -27,6 +27,7 @@ data.add_to(app)
 train.add_to(app)
 compare.add_to(app)
 distil.add_to(app)
+merge.add_to(app)
 claims.add_to(app)
 
 
