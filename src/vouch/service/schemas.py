@@ -22,6 +22,8 @@ MAX_EVENTS = 1_000
 MAX_ITEMS = 500
 MAX_ATTRIBUTES = 64
 MAX_REASONS = 20
+MAX_REASONED = 20
+"""Recommendations of one answer, from the first, that get reasons."""
 LATEST_TIME = 253_402_300_799
 """The last second of the year 9999."""
 
@@ -110,7 +112,9 @@ class RecommendRequest(Whose):
     repeat: bool = Field(False, description="Items of the history may be recommended again.")
     scenario: Label | None = None
     domain: Label | None = None
-    reasons: int = Field(0, ge=0, le=5, description="History items to name as the reason of each recommendation.")
+    reasons: int = Field(
+        0, ge=0, le=5, description="History items to name as the reason of each of the first 20 recommendations."
+    )
 
 
 class Item(Answered):

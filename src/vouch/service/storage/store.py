@@ -142,13 +142,20 @@ class Store:
 
     def histories(self, users: Iterable[str], most: int = MAX_HISTORY) -> dict[str, list[str]]:
         """The items of each user's latest events, oldest first."""
-        rows = self._latest("events", users, most)
-        return {user: [item for item, _ in found] for user, found in rows.items()}
+        return self.past(users, most)[0]
 
-    def hidden(self, users: Iterable[str], most: int = MAX_HISTORY) -> dict[str, list[str]]:
-        """The items each user disliked, and did not like again since."""
-        rows = self._latest("feedback", users, most)
-        return {user: [item for item, kind in dict(found).items() if kind == "dislike"] for user, found in rows.items()}
+    def past(self, users: Iterable[str], most: int = MAX_HISTORY) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """`histories`, and the items each user disliked and did not like again since."""
+        wanted = list(dict.fromkeys(users))
+        with self._db.read() as connection:
+            events = _latest(connection, "events", wanted, most)
+            feedback = _latest(connection, "feedback", wanted, most)
+        histories = {user: [item for item, _ in rows] for user, rows in events.items()}
+        # Of an item the latest feedback counts.
+        hidden = {
+            user: [item for item, kind in dict(rows).items() if kind == "dislike"] for user, rows in feedback.items()
+        }
+        return histories, hidden
 
     def erase(self, user: str) -> Erased:
         """Forget a user."""
@@ -191,19 +198,6 @@ class Store:
                     accepted += 1
             results.append(Appended(accepted, len(rows) - accepted))
         return results
-
-    def _latest(self, table: str, users: Iterable[str], most: int) -> dict[str, list[tuple[str, str]]]:
-        wanted = list(dict.fromkeys(users))
-        found: dict[str, list[tuple[str, str]]] = {user: [] for user in wanted}
-        if not wanted:
-            return found
-        with self._db.read() as connection:
-            for start in range(0, len(wanted), USERS_A_STATEMENT):
-                some = wanted[start : start + USERS_A_STATEMENT]
-                values = {f"u{place}": user for place, user in enumerate(some)} | {"most": most}
-                for _, user, item, kind in connection.execute(_latest_rows(table, len(some)), values):
-                    found[user].append((item, kind))
-        return {user: rows[::-1] for user, rows in found.items()}
 
     # Catalogue --------------------------------------------------------------------------------------------------
 
@@ -326,6 +320,17 @@ def _next_version(connection: sa.Connection) -> int:
     version = connection.execute(select(SettingRow.value).where(catalog).with_for_update()).scalar_one() + 1
     connection.execute(update(SettingRow).where(catalog).values(value=version))
     return version
+
+
+def _latest(connection: sa.Connection, table: str, users: Sequence[str], most: int) -> dict[str, list[tuple[str, str]]]:
+    """The item and kind of each user's latest rows, oldest first."""
+    found: dict[str, list[tuple[str, str]]] = {user: [] for user in users}
+    for start in range(0, len(users), USERS_A_STATEMENT):
+        some = users[start : start + USERS_A_STATEMENT]
+        values = {f"u{place}": user for place, user in enumerate(some)} | {"most": most}
+        for _, user, item, kind in connection.execute(_latest_rows(table, len(some)), values):
+            found[user].append((item, kind))
+    return {user: rows[::-1] for user, rows in found.items()}
 
 
 @functools.cache

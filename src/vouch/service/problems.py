@@ -1,0 +1,94 @@
+"""Errors as answers: `{"error": {"what", "where", "hint"}}` with the status that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from vouch.errors import ConfigError, UnknownIdError, VouchError
+from vouch.service.batching import Busy
+from vouch.service.storage import Unavailable
+
+MOST = 500
+RETRY = {"Retry-After": "1"}
+PHRASES = {
+    400: ("the request cannot be read", None),
+    404: ("there is no such page", "the paths are listed in /v1/openapi.json"),
+    405: ("this path does not take this method", "the paths are listed in /v1/openapi.json"),
+    415: ("the body is not JSON", "send Content-Type: application/json"),
+}
+HINTS = {
+    "string_type": "ids and texts go in quotes",
+    "extra_forbidden": "leave it out; the fields are listed in /v1/openapi.json",
+    "json_invalid": "send one JSON object",
+    "missing": "the fields are listed in /v1/openapi.json",
+}
+
+
+class Refused(HTTPException):
+    """A refusal with its reason and what to do."""
+
+    def __init__(
+        self,
+        status: int,
+        what: str,
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, what, dict(headers) if headers else None)
+        self.where, self.hint = where, hint
+
+
+def problem(
+    status: int, what: str, where: str | None = None, hint: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """The answer that tells of an error."""
+    body = {"error": {"what": _safe(what), "where": _safe(where), "hint": _safe(hint)}}
+    return JSONResponse(body, status, dict(headers) if headers else None)
+
+
+def status_of(error: VouchError) -> int:
+    """The status that fits an error of the library."""
+    if isinstance(error, Busy | Unavailable):
+        return 503
+    if isinstance(error, UnknownIdError):
+        return 404
+    return 422 if isinstance(error, ConfigError) else 500
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer errors of all kinds in one form."""
+
+    @app.exception_handler(VouchError)
+    def _vouch(request: Request, error: VouchError) -> JSONResponse:
+        status = status_of(error)
+        where = None if status >= 500 else error.where  # paths of the machine are nobody's business
+        return problem(status, error.what, where, error.hint, RETRY if status == 503 else None)
+
+    @app.exception_handler(HTTPException)
+    def _http(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error, Refused):
+            return problem(error.status_code, error.detail, error.where, error.hint, error.headers)
+        what, hint = PHRASES.get(error.status_code, (str(error.detail), None))
+        return problem(error.status_code, what, None, hint, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first: dict[str, Any] = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        what = str(first["msg"]).removeprefix("Value error, ")
+        more = len(error.errors()) - 1
+        hint = HINTS.get(first["type"]) or (f"there are {more} more faults" if more else None)
+        return problem(422, what[:1].lower() + what[1:], where, hint)
+
+
+def _safe(text: str | None) -> str | None:
+    """Text of bounded length that can be written as UTF-8, whatever was sent."""
+    return None if text is None else text[:MOST].encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,142 @@
+"""A small run, and the service over it, for the tests of the service."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from fastapi.testclient import TestClient
+from small_runs import small_data, small_run
+
+from vouch.service.app import create_app
+from vouch.service.config import ServiceConfig
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a neighbourhood method: it goes by histories alone and trains at once. Not to be written to."""
+    root = tmp_path_factory.mktemp("shop")
+    (root / "pictures").mkdir()
+    for number in range(1, 40, 2):
+        (root / "pictures" / f"{number}.png").write_bytes(b"\x89PNG" + bytes(8))
+    return small_run(root / "best", "itemknn", small_data(root / "pictures"))
+
+
+@pytest.fixture
+def runs(run_folder: Path, tmp_path: Path) -> Path:
+    """A folder with the run `best`, to do as one pleases."""
+    shutil.copytree(run_folder, tmp_path / "runs" / "best")
+    return tmp_path / "runs"
+
+
+Start = Callable[..., TestClient]
+
+
+@pytest.fixture
+def start(runs: Path) -> Iterator[Start]:
+    """A function that starts a service over the run with some settings, and gives a client of it."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(open_engine: Any = None, **settings: Any) -> TestClient:
+            values = {"run": runs / "best", "hosts": ("testserver",), "requests_per_second": 0, **settings}
+            app = create_app(ServiceConfig(**values), open_engine)
+            return stack.enter_context(TestClient(app, raise_server_exceptions=False))
+
+        yield begin
+
+
+@pytest.fixture
+def client(start: Start) -> TestClient:
+    return start()
+
+
+# PostgreSQL ---------------------------------------------------------------------------------------------------------
+
+
+def _postgres_bin() -> Path | None:
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if found:
+        return found[-1].parent
+    on_path = shutil.which("initdb")
+    return Path(on_path).resolve().parent if on_path else None
+
+
+class PostgresServer:
+    """A real server in a folder of its own, reached through a socket there."""
+
+    def __init__(self, bin: Path, folder: Path, user: str | None) -> None:
+        self.bin, self.folder, self.user = bin, folder, user
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def run(self, *words: str) -> None:
+        options: dict[str, Any] = {"user": self.user, "group": self.user} if self.user else {}
+        subprocess.run(words, check=True, capture_output=True, cwd=self.folder, **options)
+
+    def start(self) -> None:
+        options: dict[str, Any] = {"user": self.user, "group": self.user} if self.user else {}
+        words = [self.bin / "postgres", "-D", self.folder / "data", "-p", str(self.port), "-k", self.folder]
+        words += ["-c", "listen_addresses=127.0.0.1", "-c", "shared_buffers=16MB", "-c", "fsync=on"]
+        self.process = subprocess.Popen(
+            words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.folder, **options
+        )
+        wait_until(lambda: subprocess.run([self.bin / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]).returncode == 0)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.send_signal(2)  # fast shutdown
+            self.process.wait(20)
+            self.process = None
+
+    def database(self, name: str) -> str:
+        """The URL of a new, empty database."""
+        self.run(str(self.bin / "createdb"), "-h", "127.0.0.1", "-p", str(self.port), "-U", "vouch", name)
+        return f"postgresql://vouch@127.0.0.1:{self.port}/{name}"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A real PostgreSQL server, where its binaries are present."""
+    bin = _postgres_bin()
+    if bin is None:
+        pytest.skip("no PostgreSQL here: initdb is neither in /usr/lib/postgresql/*/bin nor on the path")
+    root = os.geteuid() == 0
+    if root and shutil.which("postgres") is None:
+        pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+    with tempfile.TemporaryDirectory(prefix="vouch-pg-") as name:
+        folder = Path(name)
+        if root:
+            shutil.chown(folder, "postgres", "postgres")
+        server = PostgresServer(bin, folder, "postgres" if root else None)
+        server.run(str(bin / "initdb"), "-D", str(folder / "data"), "-U", "vouch", "-A", "trust", "-E", "UTF8", "--no-sync")
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait for something to become true, or fail."""
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "it did not come true"
+        time.sleep(0.05)
