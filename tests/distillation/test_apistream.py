@@ -224,7 +224,7 @@ def midway(**settings: Any) -> tuple[APIStream, Api, Network]:
 @pytest.mark.parametrize("kind", ["l1", "kl"])
 def test_the_generators_gradient_by_hand(monkeypatch: pytest.MonkeyPatch, own_gradient: str, kind: str) -> None:
     """The zeroth-order estimate, as the gradient that arrives at the outputs before the tanh, and the other terms."""
-    made, second, service = midway(own_gradient=own_gradient, gap=kind, eps=0.05, balance=0.7, cooperation=0.3)
+    made, second, service = midway(own_gradient=own_gradient, gap=kind, eps=0.5, balance=0.7, cooperation=0.3)
     task = made.task
     assert task is not None
     catch(monkeypatch)
@@ -252,9 +252,9 @@ def test_the_generators_gradient_by_hand(monkeypatch: pytest.MonkeyPatch, own_gr
         upstream = torch.zeros_like(u)
         here = own(u.tanh())
         for row in v:
-            x = (u + 0.05 * row).tanh()
+            x = (u + 0.5 * row).tanh()
             logits = own(x) if own_gradient == "estimated" else here
-            slope = (value(x, logits) - value(u.tanh(), here)) / 0.05
+            slope = (value(x, logits) - value(u.tanh(), here)) / 0.5
             upstream += 16 / 2 * slope.view(-1, 1, 1, 1) * row
         answers = service.net(u.tanh()).softmax(1)
     means = own(u.tanh()).softmax(1).mean(0)
@@ -270,7 +270,7 @@ def test_the_generators_gradient_by_hand(monkeypatch: pytest.MonkeyPatch, own_gr
         loss = loss - exact.sum() / 4
     by_hand = torch.autograd.grad([loss, u], parameters, [torch.ones(()), -upstream / 4])
     for one, other in zip(found, by_hand, strict=True):
-        assert torch.allclose(one, other, rtol=2e-3, atol=2e-4)
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_the_own_networks_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -684,11 +684,11 @@ def test_it_learns_without_data_and_remembers(schools: Any) -> None:
             reports[name] = made[name].learn(apis, tests=tests, run=CPU)
     full = reports["full"]
     assert min(own) > 0.85
-    assert full.average(full.task) > 0.95 * sum(own) / 2
-    assert full.task[-1][0] > 0.95 * own[0]  # the first school was not forgotten
+    assert full.average(full.task) > 0.8 * sum(own) / 2  # guessing is 0.5
+    assert full.task[-1][0] > 0.85 * own[0]  # the first school was not forgotten
     assert "replay" in full.history[-1] and "replay" not in reports["sequential"].history[-1]
     # On pictures that neither was trained on, the one with a memory still answers as the first school did.
     x = tests["school 0"][0]
     answers = apis[0].ask(x, "check", Ledger())
     off = {name: gap(network(x)[:, :2], answers).mean().item() for name, network in made.items()}
-    assert off["full"] < 0.5 * off["sequential"]
+    assert off["full"] < 0.6 * off["sequential"]
