@@ -24,6 +24,15 @@ PEERS: dict[str, tuple[str, ...]] = {
     "recbole": ("torch==2.13.0", "setuptools<81", "numpy==1.26.4", "pandas<3", "recbole==1.2.1"),
     "rectools": ("torch==2.13.0", "setuptools<81", "numpy==1.26.4", "rectools[torch]==0.19.0"),
     "implicit": ("numpy==1.26.4", "implicit==0.7.3", "threadpoolctl"),
+    # with what vouch.multitask needs, so that all three run in one process, in turn
+    "multitask": (
+        "torch==2.13.0",
+        "numpy==2.4.6",
+        "scipy==1.17.1",
+        "pydantic>=2.10,<3",
+        "torchjd[cagrad]==0.18.0",
+        "LibMTL==1.1.5",
+    ),
 }
 
 
