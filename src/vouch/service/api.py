@@ -219,7 +219,7 @@ async def add_key(body: schemas.KeyRequest, caller: Admin, store: Memory) -> sch
 @router.get("/keys", tags=["keys"])
 async def list_keys(caller: Admin, store: Memory) -> schemas.KeysAnswer:
     """The keys in use, without their secrets."""
-    rows = await run_in_threadpool(store.keys)
+    rows = await run_in_threadpool(store.list_keys)
     return schemas.KeysAnswer(
         keys=[schemas.KeyInfo(id=row.id, name=row.name, role=row.role, created=row.created) for row in rows]  # type: ignore[arg-type]
     )

@@ -257,7 +257,7 @@ class Store:
             row = connection.execute(select(KeyTable.__table__).where(KeyTable.id == id)).one_or_none()
             return None if row is None else KeyRow(**row._mapping)
 
-    def keys(self) -> list[KeyRow]:
+    def list_keys(self) -> list[KeyRow]:
         """All keys, oldest first."""
         with self._db.read() as connection:
             rows = connection.execute(select(KeyTable.__table__).order_by(KeyTable.created, KeyTable.id))
