@@ -44,6 +44,8 @@ from vouch.training import FitReport, Run
 
 JUDGED = 128
 """Most values in the inner layers of a discriminator that reads scores."""
+WATCHED = 128
+"""Positions of a batch at which the distance from the teacher is measured for the report."""
 
 
 class MealSettings(Config):
@@ -138,7 +140,7 @@ class Teaching(Term):
             for weight, s, t in zip(weights, ours, target, strict=True)
         ]
         found = {"similarity": self.share * settings.weight * torch.stack(near).sum()}
-        self.last = {"kl": kl(ours[-1], target[-1])}
+        self.last = {"kl": kl(ours[-1][:WATCHED], target[-1][:WATCHED])}
         if len(self.judges):
             found["adversary"] = self.game(ours, target, batch)
         return found
