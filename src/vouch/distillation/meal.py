@@ -11,6 +11,7 @@ What differs, and why:
   logits only (no taps here).
 - The weights `eta` act on the gradient that reaches the student. Discriminators learn at full strength throughout,
   also while `ramp` lets the weights grow from 0, so that they can judge when they begin to count.
+- `eta` is 0.1 for every output, logits too, where the paper has 1.
 - Discriminators do not end in a ReLU, teachers run in evaluation mode, and the epoch is chosen on validation data.
 """
 
