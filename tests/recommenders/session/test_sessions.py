@@ -213,6 +213,16 @@ def test_session_graphs_by_loops() -> None:
     assert len(graphs.first) == nodes and len(graphs.source) == len(graphs.target) == edges
 
 
+def test_nodes_that_are_alike_have_the_same_edges() -> None:
+    graphs = session_graphs((ITEMS + 1).clamp(min=0))
+    P = len(graphs.first)
+    edges = torch.zeros(2, P, 10)  # by place: of the node an edge comes from, and of the one it goes to
+    edges[0, graphs.target, graphs.first[graphs.source]] = 1
+    edges[1, graphs.source, graphs.first[graphs.target]] = 1
+    assert torch.equal(edges[:, graphs.alike], edges) and torch.equal(graphs.first[graphs.alike], graphs.first)
+    assert torch.equal(graphs.alike[graphs.alike], graphs.alike) and len(graphs.alike.unique()) < P
+
+
 def test_sessions_of_one_click_have_no_edges() -> None:
     graphs = session_graphs(torch.tensor([[4], [2]]))
     assert graphs.first.tolist() == [0, 1] and len(graphs.source) == 0 and graphs.node.flatten().tolist() == [0, 1]

@@ -2,8 +2,8 @@
 
 Source: Session-based Recommendation with Graph Neural Networks, arXiv 1811.00855, with the normalised vectors and the
 scaled cosine that all session recommenders here share (NISER, arXiv 1909.04276, does the same). `steps=0` leaves the
-graph out. Every prefix has a graph of its own, so a prefix cannot share the work of another: the network runs on
-`T` graphs a session, which is what it costs.
+graph out. Every prefix has a graph of its own. The last click changes the edges of two nodes only, so prefixes share the
+first step on all others; further steps and the read-out run on all items of all prefixes, which is what it costs.
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ class SessionGraphs(NamedTuple):
         first: int64 `(P,)`, where the node's item first occurs: row in the session times T, plus the place.
         source, target: int64 `(E,)`, nodes that edges lead from and to; an edge stands once in a prefix.
         node: int64 `(B, T, T)`, the node of item `j` in the prefix that ends at `e`; P where it is not in it.
+        alike: int64 `(P,)`, the node of the same item in the last prefix that ended in a step from or to it: no edge at
+            it has come since.
     """
 
     first: Tensor
     source: Tensor
     target: Tensor
     node: Tensor
+    alike: Tensor
 
 
 def session_graphs(rows_BT: Tensor) -> SessionGraphs:
@@ -58,12 +61,15 @@ def session_graphs(rows_BT: Tensor) -> SessionGraphs:
     nodes = inside & (first == place).unsqueeze(1)
     row, _, begin = nodes.nonzero().unbind(1)
     number = torch.zeros_like(nodes, dtype=torch.int64).masked_scatter(nodes, torch.arange(len(row), device=row.device))
+    before = torch.cat([first[:, :1], first[:, :-1]], 1)
+    touched = nodes & ((first.unsqueeze(2) == place) | (before.unsqueeze(2) == place))  # by the last step
+    alike = number.masked_fill(~touched, -1).cummax(1).values.masked_select(nodes)
     node = number.gather(2, first.unsqueeze(1).expand(B, T, T))
     step = first[:, :-1] * T + first[:, 1:]
     new = (step.unsqueeze(2) == step.unsqueeze(1)).int().argmax(2) == place[:-1] if T > 1 else step > 0
     edges = inside[:, :, 1:] & new.unsqueeze(1)  # (B, E, T - 1)
     source, target = node[:, :, :-1].masked_select(edges), node[:, :, 1:].masked_select(edges)
-    return SessionGraphs(row * T + begin, source, target, node.masked_fill(~inside, len(row)))
+    return SessionGraphs(row * T + begin, source, target, node.masked_fill(~inside, len(row)), alike)
 
 
 def mean_of(x_ED: Tensor, at: Tensor, size: int) -> Tensor:
@@ -89,15 +95,30 @@ class SRGNNEncoder(SessionEncoder):
             return super().see(h_BTD, context)
         assert context.rows is not None
         graphs = session_graphs(context.rows)
-        source, target, nodes = graphs.source, graphs.target, len(graphs.first)
+        every = torch.arange(len(graphs.first), device=h_BTD.device)
         x, at = h_BTD.flatten(0, 1), graphs.first  # before the first step a node has the vector of its place
-        for _ in range(self.steps):
-            before = self.before(x).index_select(0, at[source])
-            after = self.after(x).index_select(0, at[target])
-            message = torch.cat([mean_of(before, target, nodes), mean_of(after, source, nodes)], -1)
-            x = self.cell(message, x.index_select(0, at))
-            at = torch.arange(nodes, device=x.device)
-        return nn.functional.embedding(graphs.node, nn.functional.pad(unit(x), (0, 0, 0, 1)))
+        for step in range(self.steps):
+            # the first step sees a node's own edges only, so nodes that are alike share its outcome
+            outcome = every if step else graphs.alike
+            x, at = self.propagate(x, at, graphs, outcome == every), (torch.cumsum(outcome == every, 0) - 1)[outcome]
+        at = torch.cat([at, at.new_full((1,), len(x))])[graphs.node]
+        return nn.functional.embedding(at, nn.functional.pad(unit(x), (0, 0, 0, 1)))
+
+    def propagate(self, x: Tensor, at: Tensor, graphs: SessionGraphs, wanted: Tensor) -> Tensor:
+        """One step: new vectors of the nodes in `wanted`, bool `(P,)`, in order; `at` is the row of `x` of each node."""
+        number, nodes = torch.cumsum(wanted, 0) - 1, int(wanted.sum())
+        into, out = wanted[graphs.target], wanted[graphs.source]
+        before = self.before(x).index_select(0, at[graphs.source[into]])
+        after = self.after(x).index_select(0, at[graphs.target[out]])
+        message = torch.cat(
+            [
+                mean_of(before, number[graphs.target[into]], nodes),
+                mean_of(after, number[graphs.source[out]], nodes),
+            ],
+            -1,
+        )
+        new: Tensor = self.cell(message, x.index_select(0, at[wanted]))
+        return new
 
 
 @register(
