@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
+
+from vouch.config import Config
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,8 @@ SYSTEMS = _rows(
 def status_rows() -> list[dict[str, Any]]:
     """Every system as `{"slug", "name", "area", "papers", "summary", "status"}`; status `works` or `not yet`.
 
-    A system works when a method is registered under its slug.
+    A system works when its room has its module.
     """
-    from vouch.registry import methods
-
-    registered = methods()
     return [
         {
             "slug": system.slug,
@@ -92,10 +93,26 @@ def status_rows() -> list[dict[str, Any]]:
             "area": system.area,
             "papers": list(system.papers),
             "summary": system.summary,
-            "status": "works" if system.slug in registered else "not yet",
+            "status": "works" if module_of(system) else "not yet",
         }
         for system in SYSTEMS
     ]
+
+
+def module_of(system: System) -> str | None:
+    """The module of a system; None if there is none yet."""
+    name = f"vouch.{system.area.replace('/', '.')}.{system.slug.replace('-', '_')}"
+    try:
+        return name if importlib.util.find_spec(name) else None
+    except ModuleNotFoundError:  # the room itself is not built yet
+        return None
+
+
+def settings_of(module: str) -> type[Config] | None:
+    """The config that a module defines, if it has one."""
+    found = vars(importlib.import_module(module)).values()
+    configs = [each for each in found if isinstance(each, type) and issubclass(each, Config)]
+    return next((each for each in configs if each.__module__ == module), None)
 
 
 def baseline_rows() -> list[dict[str, Any]]:

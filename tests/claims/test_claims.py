@@ -270,6 +270,19 @@ def test_the_table_of_systems():
     assert not {row["slug"] for row in systems.baseline_rows()} & set(rows)
 
 
-def test_a_status_is_what_the_register_says(monkeypatch):
-    monkeypatch.setattr("vouch.registry.methods", dict)
+def test_a_system_works_when_its_module_is_there(monkeypatch):
+    for system in systems.SYSTEMS:
+        if module := systems.module_of(system):
+            assert claims(system.slug), f"{module} has no claim"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert {row["status"] for row in systems.status_rows()} == {"not yet"}
+
+
+def test_techniques_show_their_settings_too(capsys):
+    from vouch.cli.main import main
+
+    assert main(["systems", "surgery", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["module"] == "vouch.merging.surgery" and "rank" in {row["name"] for row in found["settings"]}
+    assert main(["systems", "adatsk"]) == 2 and "'adatask'" in capsys.readouterr().err
+    assert main(["systems", "victor"]) == 2 and "not built yet" in capsys.readouterr().err

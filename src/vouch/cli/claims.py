@@ -67,10 +67,26 @@ def systems(
 def _settings(slug: str, as_json: bool) -> None:
     from vouch import registry
     from vouch.config import Choice
+    from vouch.errors import UnknownIdError, did_you_mean
+    from vouch.systems import SYSTEMS, module_of, settings_of
 
-    kind = registry.method(slug)
+    methods, modules = registry.methods(), {each.slug: module_of(each) for each in SYSTEMS}
+    technique = next((each for each in SYSTEMS if each.slug == slug and modules[slug] and slug not in methods), None)
+    if technique is not None:
+        module = modules[slug] or ""
+        config = settings_of(module)
+        name, area, papers, summary = technique.name, technique.area, technique.papers, technique.summary
+    else:
+        if slug not in methods:
+            known = {*methods, *(each for each, module in modules.items() if module)}
+            hint = "it is not built yet" if slug in modules else did_you_mean(slug, known)
+            raise UnknownIdError(f"there is no method {slug!r}", hint=hint)
+        kind = methods[slug]
+        card, config, module = kind.card, kind.Config, kind.__module__
+        name, area, summary = card.name, card.area, card.summary
+        papers = (card.paper,) if card.paper else ()
     rows: list[dict[str, Any]] = []
-    for row in kind.Config.rows():
+    for row in config.rows() if config else []:
         tuned = ""
         if row.search is not None:
             tuned = (
@@ -88,30 +104,26 @@ def _settings(slug: str, as_json: bool) -> None:
             }
         )
     if as_json:
-        card = kind.card
-        shared.emit(
-            {
-                "slug": card.slug,
-                "name": card.name,
-                "area": card.area,
-                "paper": card.paper,
-                "summary": card.summary,
-                "settings": rows,
-            }
-        )
+        found = {"slug": slug, "name": name, "area": area, "paper": papers[0] if papers else None}
+        shared.emit({**found, "summary": summary, "module": module, "settings": rows})
         return
     from rich.markup import escape
     from rich.table import Table
 
-    paper = f" (arXiv {kind.card.paper})" if kind.card.paper else ""
-    table = Table(title=f"{kind.card.name}{paper}: {kind.card.summary}")
-    for name in ("setting", "default", "what it does", "tuned over"):
-        table.add_column(name)
+    paper = f" (arXiv {', '.join(papers)})" if papers else ""
+    table = Table(title=f"{name}{paper}: {summary}")
+    for column in ("setting", "default", "what it does", "tuned over"):
+        table.add_column(column)
     for row_ in rows:
         table.add_row(
             row_["name"], escape(str(row_["default"])), escape(row_["description"]), escape(row_["tuned_over"])
         )
-    shared.console().print(table)
+    if rows:
+        shared.console().print(table)
+    else:
+        shared.console().print(f"{name}{paper}: {summary}")
+    if technique is not None:
+        shared.console().print(f"for any PyTorch network: import {module}; how is on its page, systems/{slug}")
 
 
 def list_entries(
