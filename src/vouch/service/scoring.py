@@ -9,7 +9,7 @@ import json
 import mmap
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,8 @@ from vouch.errors import DataError, StorageError
 from vouch.nn.topk import top_k
 from vouch.recommenders.base import Recommender
 
-TILE_CELLS = 1 << 19
-"""Scores of one tile: 2 MiB of float32."""
+TILE_CELLS = 1 << 20
+"""Scores of one tile: 4 MiB of float32."""
 BLOCK_CELLS = 1 << 24
 """Scores at once of a method that only scores all items together: 64 MiB."""
 QUERIES = 256
@@ -100,6 +100,13 @@ class Closed:
         item = np.concatenate(codes) if len(codes) else np.zeros(0, np.int64)
         order = np.argsort(item, kind="stable")
         return cls(row[order], item[order], {at: mask for at, mask in enumerate(allowed) if mask is not None})
+
+    def only(self, rows: NDArray[np.bool_]) -> Closed:
+        """The same for some rows `(B,)`, in their order."""
+        number = np.cumsum(rows) - 1
+        kept = rows[self.row]
+        masks = {int(number[at]): mask for at, mask in self.allowed.items() if rows[at]}
+        return Closed(number[self.row[kept]], self.item[kept], masks)
 
     def keep_open(self, scores: Tensor, items: Tensor, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The first `(B, k)` of found items `(B, n)` that may be recommended; -inf and -1 where there are fewer."""
@@ -192,20 +199,22 @@ class Scoring:
         if self.vectors is None:
             with self.turn, torch.no_grad():
                 yield 0, self.model.score_or_popularity(queries)
-            return
-        found = self.query_vectors(queries)
-        blank = torch.from_numpy(self.nothing_known(queries)) | ~found.flatten(1).any(1)
-        for first, scores in self.products(found):
-            scores[blank] = self.popularity[first : first + scores.shape[1]]
-            yield first, scores
+        else:
+            yield from self.products(self.query_vectors(queries), torch.from_numpy(self.nothing_known(queries)))
 
-    def products(self, queries: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Scores of query vectors, as `tiles`."""
+    def products(self, queries: Tensor, popular: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Scores of query vectors, as `tiles`; popularity where `popular` `(B,)` says so, or a vector is zero."""
         assert self.vectors is not None
+        blank = ~queries.flatten(1).any(1)
+        blank = blank if popular is None else blank | popular
+        some = bool(blank.any())
         interests = queries.shape[1] if queries.dim() == 3 else 1
         size = max(64, TILE_CELLS // (len(queries) * interests))
         for first in range(0, len(self), size):
-            yield first, self.product(queries, self.vectors[first : first + size])
+            scores = self.product(queries, self.vectors[first : first + size])
+            if some:
+                scores[blank] = self.popularity[first : first + size]
+            yield first, scores
 
     def blocks(self, queries: Queries) -> Iterator[tuple[int, Queries]]:
         """Pieces of a batch that fit the memory."""
@@ -213,11 +222,31 @@ class Scoring:
 
     def best(self, queries: Queries, k: int, closed: Closed) -> tuple[Tensor, Tensor]:
         """Scores and items `(B, k)`, best first, the smaller item among equals; -1 and -inf where there are no more."""
-        return best_of(self.tiles(queries), k, closed)
+        if self.vectors is not None:
+            popular = torch.from_numpy(self.nothing_known(queries))
+            return self.best_of_vectors(self.query_vectors(queries), k, closed, popular)
+        ((_, scores),) = self.tiles(queries)
+        closed.close(scores, 0)
+        value, item = top_k(scores, min(k, len(self)))
+        return value, item.masked_fill(torch.isneginf(value), -1)
 
-    def best_of_vectors(self, queries: Tensor, k: int, closed: Closed) -> tuple[Tensor, Tensor]:
-        """`best` for query vectors."""
-        return best_of(self.products(queries), k, closed)
+    def best_of_vectors(
+        self, queries: Tensor, k: int, closed: Closed, popular: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`best` for query vectors.
+
+        `torch.topk` is fast and leaves the choice among equals open, so one more is taken than asked for. Rows in which
+        none of these are equal are settled; for the others it is done again with care for equals.
+        """
+        k = min(k, len(self))
+        value, item = _merged(self.products(queries, popular), k + 1, closed, torch.topk)
+        tied = ((value[:, 1:] == value[:, :-1]) & ~torch.isneginf(value[:, 1:])).any(1)
+        value, item = value[:, :k].contiguous(), item[:, :k].contiguous()
+        if bool(tied.any()):
+            rows = None if popular is None else popular[tied]
+            tiles = self.products(queries[tied], rows)
+            value[tied], item[tied] = _merged(tiles, k, closed.only(tied.numpy()), top_k)
+        return value, item.masked_fill(torch.isneginf(value), -1)
 
     def similarities(self, code: int) -> Tensor | None:
         """`(1, N)`: the similarity of every item to one, which may be written to; None if the method has no notion of it."""
@@ -247,16 +276,17 @@ class Scoring:
         return bool(((ours - theirs).abs().max() / scale) < 1e-4)
 
 
-def best_of(tiles: Iterator[tuple[int, Tensor]], k: int, closed: Closed) -> tuple[Tensor, Tensor]:
-    """The best `(B, k)` of scores that come in tiles, as `Scoring.best`."""
+def _merged(
+    tiles: Iterable[tuple[int, Tensor]], k: int, closed: Closed, best_in: Callable[..., tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     values, items = [], []
     for first, scores in tiles:
         closed.close(scores, first)
-        best, index = top_k(scores, min(k, scores.shape[1]))
-        values.append(best)
+        value, index = best_in(scores, min(k, scores.shape[1]))
+        values.append(value)
         items.append(index + first)
     value, item = torch.cat(values, 1), torch.cat(items, 1)
     if len(values) > 1:  # equals are in the order of items, within tiles and among them
         order = torch.sort(value, dim=1, descending=True, stable=True).indices[:, :k]
         value, item = value.gather(1, order), item.gather(1, order)
-    return value, item.masked_fill(torch.isneginf(value), -1)
+    return value, item
