@@ -391,6 +391,52 @@ def test_a_table_used_by_sparse_and_dense_operations():
         torch.testing.assert_close(table.weight.grad, again.grad)
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.GRU(3, 5, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x)[0][:, -1]
+
+
+NETWORKS = {
+    "convolution": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5)
+    ),
+    "recurrent": lambda: nn.Sequential(nn.Unflatten(1, (8, 1)), nn.Linear(1, 3), Recurrent()),
+    "attention": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 4)), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(8, 5)
+    ),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("slug", ["gradcraft", "cagrad", "uw"])
+def test_any_network(network, slug):
+    """With a part frozen, a part that no loss reaches, a parameter given twice, and in half precision."""
+    torch.manual_seed(0)
+    body, heads, idle = NETWORKS[network](), nn.ModuleList(nn.Linear(5, 1) for _ in range(3)), nn.Linear(2, 2)
+    frozen = heads[0].bias.requires_grad_(False)
+    every = [*body.parameters(), *heads.parameters(), *idle.parameters(), *body.parameters()]
+    balancer = make(slug, every, tasks=3)
+    optimizer = torch.optim.Adam([*body.parameters(), *heads.parameters(), *balancer.parameters()], lr=0.01)
+    x = torch.randn(64, 8)
+    y = torch.stack([x[:, 0], -x[:, 0], 5 * x[:, 1]])
+    found = []
+    for step in range(120):
+        with torch.autocast("cpu", enabled=step % 2 == 0):
+            h = body(x)
+            losses = [(head(h)[:, 0].float() - target).square().mean() for head, target in zip(heads, y, strict=True)]
+        optimizer.zero_grad()
+        balancer.backward(losses)
+        optimizer.step()
+        found.append([float(loss.detach()) for loss in losses])
+    assert frozen.grad is None and idle.weight.grad is None
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in body.parameters())
+    assert all(last < 0.9 * first for first, last in zip(found[0], found[-1], strict=True)), (found[0], found[-1])
+
+
 def test_what_is_shared_can_be_said():
     x, y = next(batches(1))
     model = Body()

@@ -75,7 +75,8 @@ class Balancer(ABC):
         """
         self.config: Any = self.Config(**settings)
         pairs = [each if isinstance(each, tuple) else ("", each) for each in parameters]
-        pairs = [(name or f"a parameter of shape {tuple(p.shape)}", p) for name, p in pairs if p.requires_grad]
+        once = {id(p): (name or f"a parameter of shape {tuple(p.shape)}", p) for name, p in pairs if p.requires_grad}
+        pairs = list(once.values())
         if not pairs:
             raise ConfigError(
                 "there are no parameters to train", hint="model.parameters() is used up by the first loop over it"
