@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -117,6 +117,7 @@ def reference(base: State, models: list[State], weight: float, keep: float, merg
     return zero + weight * total
 
 
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.floats(0.05, 1.0), st.sampled_from(["sum", "mean"]), st.integers(1, 4))
 def test_ties_is_that_of_whole_vectors(seed: int, keep: float, merge: str, models: int) -> None:
     base, others = made(seed, models)
@@ -144,6 +145,7 @@ def test_invariants_of_ties() -> None:
     assert changed.sum() == 5 and tau[changed].min() > tau[~changed].max()  # floor(16 / 4) and the threshold itself
 
 
+@settings(max_examples=40)
 @given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=40), st.integers(0, 39))
 def test_the_threshold_is_the_kth_magnitude(values: list[float], k: int) -> None:
     k = k % len(values)

@@ -10,7 +10,7 @@ theirs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -36,21 +36,18 @@ NOISE = 0.5
 """Standard deviation of what is added to pictures in [-1, 1] where they are corrupted."""
 
 
-def merge_all(made: Experts) -> dict[str, State]:
-    """Every other way of merging, by name."""
-    shown = [x for x, _ in made.adapt]
-    encoders = [made.encoder(state) for state in made.states]
-    tasks = list(zip(encoders, shown, made.heads, strict=True))
-    information = [fisher_information(encoder, x, head) for encoder, x, head in tasks]
-    grams = [gram_matrices(encoder, x) for encoder, x, _ in tasks]
-    return {
-        "averaging": average(made.states, made.base),
-        "arithmetic": task_arithmetic(made.base, made.states, 0.3),
-        "tuned": tuned(made)[0],
-        "ties": ties(made.base, made.states),
-        "fisher": fisher(made.states, information, made.base),
-        "regmean": regmean(made.states, grams, made.base),
-    }
+def by_fisher(made: Experts) -> State:
+    """Fisher merging with the information of 256 pictures a task."""
+    parts = zip(made.states, made.adapt, made.heads, strict=True)
+    found = [fisher_information(made.encoder(state), x, head) for state, (x, _), head in parts]
+    return fisher(made.states, found, made.base)
+
+
+def by_regmean(made: Experts) -> State:
+    """RegMean with 256 pictures a task."""
+    parts = zip(made.states, made.adapt, strict=True)
+    grams = [gram_matrices(made.encoder(state), x) for state, (x, _) in parts]
+    return regmean(made.states, grams, made.base)
 
 
 def tuned(made: Experts) -> tuple[State, float]:
@@ -58,6 +55,16 @@ def tuned(made: Experts) -> tuple[State, float]:
     states = {weight: task_arithmetic(made.base, made.states, weight) for weight in WEIGHTS}
     best = max(WEIGHTS, key=lambda weight: float(np.mean(made.accuracy(states[weight], "valid"))))
     return states[best], best
+
+
+OTHERS: dict[str, Callable[[Experts], State]] = {
+    "averaging": lambda made: average(made.states, made.base),
+    "arithmetic": lambda made: task_arithmetic(made.base, made.states, 0.3),
+    "ties": lambda made: ties(made.base, made.states),
+    "fisher": by_fisher,
+    "regmean": by_regmean,
+}
+"""The other ways of merging without labels."""
 
 
 def adapted(made: Experts, scale: Scale, seed: int, part: str = "adapt", **settings: Any) -> AdaMerged:
@@ -130,7 +137,7 @@ class Accuracy(_AdaMerging):
         found = adapted(made, scale, seed, on_step=read)
         others: dict[str, State] = {
             "base": made.base,
-            **merge_all(made),
+            **{name: other(made) for name, other in OTHERS.items()},
             "task_wise": adapted(made, scale, seed, by="task").state,
             "task_wise_plus": adapted(made, scale, seed, by="task", keep=0.2).state,
             "plus": adapted(made, scale, seed, keep=0.2).state,
@@ -152,7 +159,7 @@ class _Pair(_AdaMerging):
     """Two ways of merging.
 
     Attributes:
-        low, high: a name of `merge_all`, or settings of AdaMerging.
+        low, high: a name in `OTHERS`, or settings of AdaMerging.
     """
 
     low: ClassVar[str | Mapping[str, Any]]
@@ -162,7 +169,7 @@ class _Pair(_AdaMerging):
         """Merge both ways."""
         made = experts(dataset, seed, scale)
         low = self.low
-        state = merge_all(made)[low] if isinstance(low, str) else adapted(made, scale, seed, **low).state
+        state = OTHERS[low](made) if isinstance(low, str) else adapted(made, scale, seed, **low).state
         found = adapted(made, scale, seed, **self.high)
         return compared(made, made.accuracy(state), made.accuracy(found.state), **told(found))
 
