@@ -180,38 +180,46 @@ class GCL4SREncoder(SequenceEncoder):
     def read(self, x_BTD: Tensor, lengths: Tensor, context: Context) -> Tensor:
         """`(B, T, D)`: the query of every prefix; zero after the end of a history.
 
-        What depends on a prefix and an item in it is computed for such pairs only, `P` of them in one row: half of
-        `B T T` where histories are of one length, and less where they are not.
+        An item's fused vector in a prefix is a sum of three streams, each a vector of the item times a weight of the
+        pair. Sums over a prefix are therefore products of matrices `(T, J)` and `(J, D)`; only the pooling's weights
+        need vectors of pairs, and are computed for real pairs alone, `P` of them in one row.
         """
         assert context.rows is not None
         B, T, D = x_BTD.shape
         Z = self.transformer(x_BTD, lengths, context=context)  # without positions, so the same in every prefix
         place = torch.arange(T, device=x_BTD.device)
         inside = (place.unsqueeze(1) >= place) & (place < lengths.unsqueeze(1)).unsqueeze(2)  # (B, T, J)
-        row, end, item = inside.nonzero().unbind(1)  # (P,)
-        age, whose, end = end - item, row * T + item, row * T + end
         W_z, W_a, W_b = self.fuse.weight.split(D, 1)
-        fused = (Z @ W_z.T).flatten(0, 1).index_select(0, whose)  # (P, D)
+        streams = [(inside.to(Z.dtype), Z @ W_z.T)]  # weights (B, T, J) and vectors (B, J, D)
         if self.graph is not None:
             bias = self.user_bias(context, B)  # (B, L) by age
-            biases = bias.flatten().index_select(0, row * self.max_length + age)
+            age = (place.unsqueeze(1) - place).clamp(min=0)  # (T, J): how far item j lies behind end t
             oldest = bias.gather(1, (lengths.unsqueeze(1) - 1 - place).clamp(min=0))  # of whole histories
             gated = []
             for G, W in zip(self.views(context.rows), (W_a, W_b), strict=True):
-                gate = self.gate_item(G).squeeze(-1)  # (B, T)
+                gate = self.gate_item(G).squeeze(-1)  # (B, J)
                 gated.append((G, torch.sigmoid(gate + oldest).unsqueeze(-1) * G))
-                r = torch.sigmoid(gate.flatten().index_select(0, whose) + biases).unsqueeze(-1)
                 # dropout of Q = r G is that of G, times r
-                fused = torch.addcmul(fused, r, (self.dropout(G) @ W.T).flatten(0, 1).index_select(0, whose))
+                streams.append((torch.sigmoid(gate.unsqueeze(1) + bias[:, age]) * inside, self.dropout(G) @ W.T))
             if self.training:
                 context.graph = gated
-        sums = fused.new_zeros(B * T, D)
-        mean = sums.index_add(0, end, fused) / (place + 1).repeat(B).unsqueeze(-1)
+        mean = torch.stack([w @ V for w, V in streams]).sum(0) / (place + 1).unsqueeze(-1)
+        alpha = self.pool(streams, mean, inside)
+        return self.dropout(torch.stack([(alpha * w) @ V for w, V in streams]).sum(0))
+
+    def pool(self, streams: list[tuple[Tensor, Tensor]], mean_BTD: Tensor, inside: Tensor) -> Tensor:
+        """Weights `(B, T, J)` of the items of each prefix; 0 where there is no item."""
+        T, D = mean_BTD.shape[1:]
+        row, end, item = inside.nonzero().unbind(1)  # (P,)
+        whose = row * T + item
         W_p, W_F = self.pool_in.weight.split(D, 1)
-        c = torch.tanh((self.position.weight[:T] @ W_p.T).index_select(0, age) + fused @ W_F.T)
-        own = self.pool_own(c) + self.pool_mean(mean).index_select(0, end)
-        pooled = sums.index_add(0, end, self.pool_out(torch.sigmoid(own)) * fused)
-        return self.dropout(pooled.view(B, T, D))
+        c = (self.position.weight[:T] @ W_p.T).index_select(0, end - item)
+        for w, V in streams:
+            found = (V @ W_F.T).flatten(0, 1).index_select(0, whose)  # (P, D)
+            c = c + (found if w is streams[0][0] else w.masked_select(inside).unsqueeze(-1) * found)
+        own = self.pool_own(torch.tanh(c)) + self.pool_mean(mean_BTD).flatten(0, 1).index_select(0, row * T + end)
+        alpha = self.pool_out(torch.sigmoid(own)).squeeze(-1)
+        return torch.zeros_like(streams[0][0]).masked_scatter(inside, alpha.to(mean_BTD.dtype))
 
     def user_bias(self, context: Context, B: int) -> Tensor:
         """`(B, L)` by age: what the user adds to the gate; 0 for unknown ones."""
