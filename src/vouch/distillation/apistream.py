@@ -15,7 +15,8 @@ The paper has no public code. Its framework is followed; these are choices made 
 difference of centred log-probabilities (`kl` is the alternative); the balance term, cosine similarity as what drives
 the generators apart, and linear CKA as network similarity; by default the share of `f` itself in the gap's gradient is
 exact and only the API's is estimated, at no more queries; similarity is measured in evaluation mode, so that it is 0
-at the start whatever layers there are; the answer to a real input is asked for once and kept; a share of an API's
+at the start whatever layers there are; generators that collapsed are given time, since at the start of an API they
+often do and the balance term brings them back within some hundred steps; the answer to a real input is asked for once and kept; a share of an API's
 memory is its real inputs. Class-incremental accuracy is reported, not promised: each API only ranks its own classes.
 """
 
@@ -89,7 +90,7 @@ class APIStreamConfig(Config):
     collapse: float = setting(
         0.05, "the answers' class entropy (1 is even) below which generators have collapsed", ge=0
     )
-    collapse_patience: int = setting(100, "model steps below it in a row that end an API's training", ge=1)
+    collapse_patience: int = setting(1000, "model steps below it in a row that end an API's training", ge=1)
     save_every: int = setting(100, "rounds between two saved states", ge=1)
 
 
