@@ -13,11 +13,12 @@ real inputs (`raw`) this is the paper's DECL-APIs, without any it is DFCL-APIs.
 
 The paper has no public code. Its framework is followed; these are choices made here: the gap is the mean absolute
 difference of centred log-probabilities (`kl` is the alternative); the balance term, cosine similarity as what drives
-the generators apart, and linear CKA as network similarity; by default the share of `f` itself in the gap's gradient is
-exact and only the API's is estimated, at no more queries; similarity is measured in evaluation mode, so that it is 0
-at the start whatever layers there are; generators that collapsed are given time, since at the start of an API they
-often do and the balance term brings them back within some hundred steps; the answer to a real input is asked for once and kept; a share of an API's
-memory is its real inputs. Class-incremental accuracy is reported, not promised: each API only ranks its own classes.
+the generators apart, and linear CKA as network similarity; by default the share of `f` itself in the gap's gradient
+is exact and only the API's is estimated, at no more queries; similarity is measured in evaluation mode, so that it is
+0 at the start whatever layers there are; generators that collapsed are given time, since at the start of an API they
+often do and the balance term brings them back within some hundred steps; the answer to a real input is asked for once
+and kept; a share of an API's memory is its real inputs. Class-incremental accuracy is reported, not promised: each
+API only ranks its own classes.
 """
 
 from __future__ import annotations
