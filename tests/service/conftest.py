@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -81,29 +82,57 @@ class PostgresServer:
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
-    def run(self, *words: str) -> None:
-        options: dict[str, Any] = {"user": self.user, "group": self.user} if self.user else {}
-        subprocess.run(words, check=True, capture_output=True, cwd=self.folder, **options)
+    @property
+    def _as_user(self) -> dict[str, Any]:
+        return {"user": self.user, "group": self.user, "extra_groups": [], "cwd": self.folder} if self.user else {}
+
+    def make(self) -> None:
+        words = [
+            self.bin / "initdb",
+            "-D",
+            self.folder / "data",
+            "-U",
+            "vouch",
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            "--no-sync",
+        ]
+        subprocess.run(words, check=True, capture_output=True, **self._as_user)
 
     def start(self) -> None:
-        options: dict[str, Any] = {"user": self.user, "group": self.user} if self.user else {}
         words = [self.bin / "postgres", "-D", self.folder / "data", "-p", str(self.port), "-k", self.folder]
-        words += ["-c", "listen_addresses=127.0.0.1", "-c", "shared_buffers=16MB", "-c", "fsync=on"]
-        self.process = subprocess.Popen(
-            words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.folder, **options
-        )
-        wait_until(lambda: subprocess.run([self.bin / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]).returncode == 0)
+        words += ["-c", "listen_addresses=127.0.0.1", "-c", "shared_buffers=16MB", "-c", "fsync=off"]
+        quiet = subprocess.DEVNULL
+        self.process = subprocess.Popen(words, stdout=quiet, stderr=quiet, **self._as_user)
+        ready = [self.bin / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+        wait_until(lambda: subprocess.run(ready).returncode == 0)
 
     def stop(self) -> None:
         if self.process is not None:
-            self.process.send_signal(2)  # fast shutdown
-            self.process.wait(20)
+            self.process.send_signal(signal.SIGQUIT)  # at once: connections break, as in a crash
+            self.process.wait(30)
             self.process = None
 
-    def database(self, name: str) -> str:
-        """The URL of a new, empty database."""
-        self.run(str(self.bin / "createdb"), "-h", "127.0.0.1", "-p", str(self.port), "-U", "vouch", name)
-        return f"postgresql://vouch@127.0.0.1:{self.port}/{name}"
+    def empty(self) -> str:
+        """The URL of a database, emptied."""
+        import psycopg
+
+        url = f"postgresql://vouch@127.0.0.1:{self.port}/postgres"
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("DROP SCHEMA public CASCADE")
+            connection.execute("CREATE SCHEMA public")
+        return url
+
+
+def _is_user(name: str) -> bool:
+    import pwd
+
+    try:
+        return bool(pwd.getpwnam(name))
+    except KeyError:
+        return False
 
 
 @pytest.fixture(scope="session")
@@ -113,14 +142,14 @@ def postgres() -> Iterator[PostgresServer]:
     if bin is None:
         pytest.skip("no PostgreSQL here: initdb is neither in /usr/lib/postgresql/*/bin nor on the path")
     root = os.geteuid() == 0
-    if root and shutil.which("postgres") is None:
+    if root and not _is_user("postgres"):
         pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
     with tempfile.TemporaryDirectory(prefix="vouch-pg-") as name:
         folder = Path(name)
         if root:
             shutil.chown(folder, "postgres", "postgres")
         server = PostgresServer(bin, folder, "postgres" if root else None)
-        server.run(str(bin / "initdb"), "-D", str(folder / "data"), "-U", "vouch", "-A", "trust", "-E", "UTF8", "--no-sync")
+        server.make()
         server.start()
         try:
             yield server
