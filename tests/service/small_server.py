@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import numpy as np
 from vouch.errors import StorageError, UnknownIdError
 from vouch.service.app import create_app
 from vouch.service.config import ServiceConfig
+from vouch.service.logs import write_json_logs
+from vouch.service.server import listen
 
 
 class Recommended:
@@ -56,8 +57,8 @@ class PlainEngine:
     def similar(self, item: str, k: int, allowed: Any = None) -> list[Recommended]:
         return [Recommended(each, 0.5, False) for each in self.items if each != item][:k]
 
-    def explain(self, history: list[str], item: str, user: str | None, n: int) -> list[Any]:
-        return []
+    def explain_all(self, history: Any, items: Any, user: str | None, n: int) -> list[Any]:
+        return [[] for _ in items]
 
     def evidence(self, history: list[str], item: str, user: str | None) -> None:
         return None
@@ -73,19 +74,9 @@ class PlainEngine:
 
 
 def application() -> Any:
+    write_json_logs()
     return create_app(ServiceConfig.from_environment(), PlainEngine)
 
 
-def main() -> None:
-    """Serve with the settings of the environment, as `vouch serve` does."""
-    import vouch.service.app
-    from vouch.service import server
-
-    vouch.service.app._opener = lambda config: PlainEngine
-    vouch.service.app.load_numerics = lambda workers: None
-    server.open_run = lambda path: None
-    server.serve(ServiceConfig.from_environment())
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    listen(ServiceConfig.from_environment(), "small_server:application")

@@ -36,6 +36,14 @@ class Answers(Protocol):
         """The item ids of a user in the run's log, oldest first; empty for a user it does not know."""
         ...
 
+    def check(self, question: Question) -> None:
+        """Find what is wrong with a question before it joins others in a batch.
+
+        Raises:
+            ConfigError: a value does not fit. UnknownIdError: there is no such scenario or domain.
+        """
+        ...
+
     def recommend(self, questions: Sequence[Question]) -> list[list[Recommended]]:
         """The best items of each question, in the order of the questions."""
         ...
@@ -48,8 +56,8 @@ class Answers(Protocol):
         """
         ...
 
-    def explain(self, history: list[str], item: str, user: str | None, n: int) -> list[Reason]:
-        """The history items whose removal lowers the item's standing most."""
+    def explain_all(self, history: Sequence[str], items: Sequence[str], user: str | None, n: int) -> list[list[Reason]]:
+        """For each of some items, the history items whose removal lowers its standing most, strongest first."""
         ...
 
     def evidence(self, history: list[str], item: str, user: str | None) -> dict[str, Any] | None:

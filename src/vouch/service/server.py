@@ -99,8 +99,7 @@ def _limits() -> ServiceConfig:
 
 
 def serve(config: ServiceConfig) -> None:
-    """Serve until told to stop (SIGTERM, SIGINT): then no connection is taken any more, requests under way are answered,
-    and what was accepted is stored.
+    """Serve a run until told to stop.
 
     Raises:
         VouchError: the run or the database cannot be opened; found before anything is served.
@@ -110,6 +109,16 @@ def serve(config: ServiceConfig) -> None:
 
     open_run(config.run)
     Store.open(config.database_url, wait_seconds=config.database_seconds).close()
+    listen(config, "vouch.service.app:from_environment")
+
+
+def listen(config: ServiceConfig, application: str) -> None:
+    """Run the workers until SIGTERM or SIGINT: then no connection is taken any more, requests under way are answered,
+    and what was accepted is stored.
+
+    Args:
+        application: `module:function` that makes the application from the settings in the environment.
+    """
     os.environ.update(config.to_environment())
     _allow_files(config.max_connections + 256)
     write_json_logs()
@@ -117,7 +126,7 @@ def serve(config: ServiceConfig) -> None:
         if config.workers > 1 and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="vouch-"))
         uvicorn.run(
-            "vouch.service.app:from_environment",
+            application,
             factory=True,
             host=config.host,
             port=config.port,

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vouch.errors import ConfigError, StorageError, UnknownIdError, VouchError
 from vouch.service import schemas
 from vouch.service.batching import Batcher, Busy
@@ -58,6 +61,15 @@ class Past:
     complete: bool = True
 
 
+@dataclass(frozen=True)
+class Done:
+    """An answer, and what it was found with: its reasons must come from the same."""
+
+    answer: schemas.RecommendAnswer
+    served: Served
+    past: Past
+
+
 class Serving:
     """Answers requests for one process.
 
@@ -71,7 +83,7 @@ class Serving:
         self._changing = threading.Lock()
         self._refused: Any = None
         self.served = self._first()
-        self._batcher: Batcher[schemas.RecommendRequest, schemas.RecommendAnswer] = Batcher(
+        self._batcher: Batcher[schemas.RecommendRequest, Done | VouchError] = Batcher(
             self._answer_all, name="vouch-model", most=config.max_batch, waiting=config.max_waiting
         )
         # Reasons and similar items cost many passes: they queue apart, so that plain recommendations do not wait.
@@ -92,12 +104,14 @@ class Serving:
 
     async def recommend(self, request: schemas.RecommendRequest) -> schemas.RecommendAnswer:
         """The best items for a user or a history."""
-        answer = await self._within(self._batcher.submit(request))
-        if answer.fallback:
+        done = await self._within(self._batcher.submit(request))
+        if isinstance(done, VouchError):
+            raise done
+        if done.answer.fallback:
             self.metrics.fallbacks.inc()
-        if request.reasons and answer.recommendations and not answer.fallback:
-            return await self._later(self._with_reasons, request, answer)
-        return answer
+        elif request.reasons and done.answer.recommendations:
+            return await self._later(self._with_reasons, request, done)
+        return done.answer
 
     async def similar(self, request: schemas.SimilarRequest) -> schemas.SimilarAnswer:
         """Items like an item."""
@@ -125,13 +139,20 @@ class Serving:
         finally:
             self._slow_waiting -= 1
 
-    def _answer_all(self, requests: Sequence[schemas.RecommendRequest]) -> list[schemas.RecommendAnswer]:
+    def _answer_all(self, requests: Sequence[schemas.RecommendRequest]) -> list[Done | VouchError]:
+        """Answer a batch; a request at fault gets its error, the others their answers."""
         served = self.served
         self.metrics.batches.observe(len(requests))
         pasts = self._pasts(served, requests)
-        questions = [_question(served, request, past) for request, past in zip(requests, pasts, strict=True)]
-        found = served.engine.recommend(questions)
-        return [_answer(served, *each) for each in zip(requests, pasts, found, strict=True)]
+        asked = [_question(served, request, past) for request, past in zip(requests, pasts, strict=True)]
+        good = [question for question in asked if not isinstance(question, VouchError)]
+        found = iter(served.engine.recommend(good) if good else [])
+        return [
+            question
+            if isinstance(question, VouchError)
+            else Done(_answer(served, request, past, next(found)), served, past)
+            for question, request, past in zip(asked, requests, pasts, strict=True)
+        ]
 
     def _pasts(self, served: Served, requests: Sequence[schemas.Whose]) -> list[Past]:
         """The histories of a batch: one look into the database for all of them."""
@@ -155,30 +176,26 @@ class Serving:
             pasts.append(Past(history, hidden.get(user, []) if user else [], complete or user is None))
         return pasts
 
-    def _with_reasons(
-        self, request: schemas.RecommendRequest, answer: schemas.RecommendAnswer
-    ) -> schemas.RecommendAnswer:
-        served = self.served
-        (past,) = self._pasts(served, [request])
-        reasons = {
-            each.item: self._reasons(served, past.history, each.item, request.user, request.reasons)
-            for each in answer.recommendations[: schemas.MAX_REASONED]
-        }
-        with_reasons = [
-            each.model_copy(update={"reasons": reasons.get(each.item, [])}) for each in answer.recommendations
-        ]
-        return answer.model_copy(update={"recommendations": with_reasons})
+    def _with_reasons(self, request: schemas.RecommendRequest, done: Done) -> schemas.RecommendAnswer:
+        listed = done.answer.recommendations
+        items = [each.item for each in listed[: schemas.MAX_REASONED]]
+        reasons = self._reasons(done.served, done.past.history, items, request.user, request.reasons)
+        named = [each.model_copy(update={"reasons": found}) for each, found in zip(listed, reasons, strict=False)]
+        return done.answer.model_copy(update={"recommendations": named + listed[len(named) :]})
 
-    def _reasons(self, served: Served, history: list[str], item: str, user: str | None, n: int) -> list[schemas.Reason]:
-        found = served.engine.explain(history, item, user, n)
-        return [
-            schemas.Reason(item=each.item, title=served.shelf.item(each.item).title, drop=each.drop) for each in found
-        ]
+    def _reasons(
+        self, served: Served, history: list[str], items: list[str], user: str | None, n: int
+    ) -> list[list[schemas.Reason]]:
+        def shown(item: str, drop: float) -> schemas.Reason:
+            return schemas.Reason(item=item, title=served.shelf.item(item).title, drop=drop)
+
+        found = served.engine.explain_all(history, items, user, n)
+        return [[shown(each.item, each.drop) for each in reasons] for reasons in found]
 
     def _similar(self, request: schemas.SimilarRequest) -> schemas.SimilarAnswer:
         served = self.served
         self._check_item(served, request.item)
-        found = served.engine.similar(request.item, request.k, served.shelf.allowed(request.filters))
+        found = served.engine.similar(request.item, request.k, _allowed(served, request.filters))
         return schemas.SimilarAnswer(
             item=served.shelf.item(request.item), similar=_shown(served, found), model=served.model
         )
@@ -189,7 +206,7 @@ class Serving:
         (past,) = self._pasts(served, [request])
         return schemas.ExplainAnswer(
             item=served.shelf.item(request.item),
-            reasons=self._reasons(served, past.history, request.item, request.user, request.n),
+            reasons=self._reasons(served, past.history, [request.item], request.user, request.n)[0],
             evidence=served.engine.evidence(past.history, request.item, request.user),
             unknown=unknown_items(served.engine, past.history) if request.history is not None else [],
             notes=[] if past.complete else [WITHOUT_EVENTS],
@@ -284,19 +301,32 @@ def unknown_items(engine: Answers, items: Sequence[str]) -> list[str]:
     return [item for item, code in zip(distinct, engine.codes(distinct), strict=True) if code < 0]
 
 
-def _question(served: Served, request: schemas.RecommendRequest, past: Past) -> Question:
+def _allowed(served: Served, filters: Sequence[schemas.Filter]) -> NDArray[np.bool_] | None:
+    try:
+        return served.shelf.allowed(filters)
+    except VouchError as error:
+        raise ConfigError(error.what, where="body.filters", hint=error.hint) from None
+
+
+def _question(served: Served, request: schemas.RecommendRequest, past: Past) -> Question | VouchError:
+    """The question for the engine, or what is wrong with the request."""
     from vouch.service.engine import Question
 
-    return Question(
-        user=request.user,
-        history=past.history,
-        k=request.k,
-        exclude=[*request.exclude, *past.hidden],
-        allowed=served.shelf.allowed(request.filters),
-        repeat=request.repeat,
-        scenario=request.scenario,
-        domain=request.domain,
-    )
+    try:
+        question = Question(
+            user=request.user,
+            history=past.history,
+            k=request.k,
+            exclude=[*request.exclude, *past.hidden],
+            allowed=_allowed(served, request.filters),
+            repeat=request.repeat,
+            scenario=request.scenario,
+            domain=request.domain,
+        )
+        served.engine.check(question)
+    except VouchError as error:
+        return ConfigError(error.what, where=error.where or "body", hint=error.hint)
+    return question
 
 
 def _answer(
