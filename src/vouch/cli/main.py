@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from vouch.cli import claims, compare, data, distil, merge, serve, train
+from vouch.cli import claims, compare, data, distil, export, merge, serve, train
 from vouch.cli.shared import complain
 from vouch.errors import VouchError
 
@@ -29,6 +29,7 @@ compare.add_to(app)
 distil.add_to(app)
 merge.add_to(app)
 claims.add_to(app)
+export.add_to(app)
 serve.add_to(app)
 
 

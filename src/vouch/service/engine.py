@@ -217,7 +217,7 @@ class Engine:
             closed.append(np.unique(np.concatenate(codes)) if codes else np.zeros(0, np.int64))
         allowed = [question.allowed for question in questions]
         k = min(max(question.k for question in questions), self.n_items)
-        scores, items = self._search(queries, k, closed, allowed)
+        scores, items = self.search(queries, k, closed, allowed)
         popular = self.scoring.nothing_known(queries)
         answers = []
         for row, question in enumerate(questions):
@@ -230,20 +230,27 @@ class Engine:
             answers.append(Answer(listed, fallback=fallback, unknown=list(dict.fromkeys(unknown))))
         return answers
 
-    def _search(
+    def search(
         self,
         queries: Queries,
         k: int,
         closed: list[NDArray[np.int64]],
         allowed: list[NDArray[np.bool_] | None],
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Scores and items `(B, k)`: by the index where there is one and it can, else by comparing with all items."""
+        """Scores and items `(B, k)`, `k` at most the items there are; -inf and -1 where no more may be recommended.
+
+        By the index where there is one and it can find enough, else by comparing with all items.
+
+        Args:
+            closed: item codes not to recommend, by row. allowed: bool `(n_items,)` of each row, or None.
+        """
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         items = np.full((len(queries), k), -1, dtype=np.int64)
         left = np.arange(len(queries))
         if self.index is not None and k < WIDEST:
             # Ask for as many more as exclusions and filters may take away; who comes out short is asked exactly.
-            share = np.array([1.0 if mask is None else max(float(mask.mean()), 1e-9) for mask in allowed])
+            shares = {id(mask): max(float(mask.mean()), 1e-9) for mask in allowed if mask is not None}
+            share = np.array([1.0 if mask is None else shares[id(mask)] for mask in allowed])
             taken = np.array([len(codes) for codes in closed])
             need = np.where(share < 1, 1.5 * k / share + 16, k) + taken
             by_index = np.flatnonzero(~self.scoring.nothing_known(queries) & (need <= WIDEST))

@@ -10,7 +10,7 @@ import mmap
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -191,14 +191,15 @@ class Scoring:
         return scores.amax(1) if self.merge == "max" else scores.sum(1)
 
     def nothing_known(self, queries: Queries) -> NDArray[np.bool_]:
-        """bool `(B,)`: neither a history nor a known user, so that popularity answers."""
-        return (queries.lengths == 0) & (queries.user < 0)
+        """bool `(B,)`: no history, so that popularity answers, for users of the log as well."""
+        return queries.lengths == 0
 
     def tiles(self, queries: Queries) -> Iterator[tuple[int, Tensor]]:
         """Scores `(B, T)` of consecutive items, each with the code of the first; they may be written to."""
         if self.vectors is None:
+            users = np.where(self.nothing_known(queries), -1, queries.user).astype(np.int32)
             with self.turn, torch.no_grad():
-                yield 0, self.model.score_or_popularity(queries)
+                yield 0, self.model.score_or_popularity(replace(queries, user=users))
         else:
             yield from self.products(self.query_vectors(queries), torch.from_numpy(self.nothing_known(queries)))
 
