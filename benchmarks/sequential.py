@@ -2,24 +2,29 @@
 
 Same sizes for all (64 dims, 2 layers, 2 heads, length 50, batch 128 histories with all their positions, one thread;
 cross-entropy on ML-100K, 512 sampled negatives on Beauty). Each method runs in a process of its own, SASRec before and
-after, 40 steps of which the first 3 are left out; the ratio is to the mean of both SASRec runs. Peak memory is the
-process's own. For TiCoSeRec also the share of a step that making the views takes (target: under 15 %).
+after, 40 steps of which the first 3 are left out; the ratio is to the mean of both SASRec runs. Time is the processor's
+time of the process, so that other work on the machine counts for little. Peak memory is the process's own. For TiCoSeRec
+also the share of a step that making the views takes (target: under 15 %).
 
-    VOUCH_DATA=FOLDER python benchmarks/sequential.py
+    VOUCH_DATA=FOLDER python benchmarks/sequential.py [METHOD ...] [DATA ...]
+
+With methods or data named only these are measured, SASRec always, and the results of the others are kept.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import resource
+import sys
 import time
 from typing import Any
 
 import numpy as np
 import torch
 
-from peers import write_result
+from peers import RESULTS, write_result
 from vouch import registry
 from vouch.data import split
 from vouch.data.readers import read
@@ -73,16 +78,16 @@ def measure(data: str, slug: str) -> dict[str, float]:
     def timed(draw: Any) -> Any:
         def wrapped(histories: Any, generator: Any) -> Any:
             nonlocal drawing
-            begin = time.perf_counter()
+            begin = time.process_time()
             found = draw(histories, generator)
-            drawing += time.perf_counter() - begin
+            drawing += time.process_time() - begin
             return found
 
         return wrapped
 
     draws = {name: timed(draw) for name, draw in objective.draws().items()}
     batches = model.batches(made.train, draws)
-    seconds, begin = [], time.perf_counter()
+    seconds, begin = [], time.process_time()
     epoch = 0
     while len(seconds) < STEPS:
         for batch in batches.epoch(np.random.default_rng(epoch), 0, 1):
@@ -93,12 +98,12 @@ def measure(data: str, slug: str) -> dict[str, float]:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(time.process_time() - begin)
             if len(seconds) == FIRST:
                 drawing = 0.0
             if len(seconds) == STEPS:
                 break
-            begin = time.perf_counter()
+            begin = time.process_time()
         epoch += 1
     total = float(np.sum(seconds[FIRST:]))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -108,19 +113,22 @@ def measure(data: str, slug: str) -> dict[str, float]:
 def main() -> None:
     """Measure, print and keep."""
     context = multiprocessing.get_context("spawn")
-    results: dict[str, Any] = {}
-    for data in DATA:
+    chosen = [slug for slug in sys.argv[1:] if slug in METHODS]
+    path = RESULTS / "sequential.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if chosen and path.exists() else {}
+    for data in [name for name in DATA if name in sys.argv[1:]] or DATA:
         found = {}
-        for slug in [*METHODS, "sasrec again"]:
+        for slug in ["sasrec", *(chosen or [slug for slug in METHODS if slug != "sasrec"]), "sasrec again"]:
             with context.Pool(1) as pool:
                 found[slug] = pool.apply(measure, (data, slug.split()[0]))
         plain = (found["sasrec"]["seconds"] + found["sasrec again"]["seconds"]) / 2
         for slug, row in found.items():
             row["ratio"] = row["seconds"] / plain
             print(f"{data} {slug}: {row['ratio']:.2f} x SASRec, {row['memory_mb']:.0f} MB", flush=True)
-        share = found["ticoserec"]["drawing_share"]
-        print(f"{data} views: {100 * share:.1f} % of a step (target 15 %)", flush=True)
-        results[data] = found
+        if "ticoserec" in found:
+            share = found["ticoserec"]["drawing_share"]
+            print(f"{data} views: {100 * share:.1f} % of a step (target 15 %)", flush=True)
+        results[data] = {**results.get(data, {}), **found}
     write_result("sequential", results)
 
 
