@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 import vouch
 from vouch.errors import VouchError
-from vouch.service import api
+from vouch.service import api, pages
 from vouch.service.config import ServiceConfig
 from vouch.service.contract import Answers
 from vouch.service.logs import log, write_json_logs
@@ -71,6 +71,7 @@ def create_app(config: ServiceConfig, open_engine: Callable[[Path], Answers] | N
     )
     add_handlers(app)
     app.include_router(api.router)
+    app.include_router(pages.router())
     _add_probes(app, metrics)
     app.add_middleware(Front, config=config, metrics=metrics)
     return app
