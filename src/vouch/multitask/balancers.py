@@ -300,7 +300,8 @@ def make(slug: str, parameters: Iterable[Any], **settings: Any) -> Balancer:
     return known[slug](parameters, **settings)
 
 
-def numbers(losses: Mapping[str, Tensor]) -> Array:
+def numbers(losses: Mapping[str, Tensor] | Tensor) -> Array:
     """The values of the losses `(T,)` in float64."""
-    found: Array = torch.stack([loss.detach() for loss in losses.values()]).cpu().double().numpy()
+    stacked = losses if isinstance(losses, Tensor) else torch.stack([loss.detach() for loss in losses.values()])
+    found: Array = stacked.detach().cpu().double().numpy()
     return found

@@ -26,24 +26,24 @@ class LossBalancer(Balancer):
     """Balancers that weigh the losses: one backward pass."""
 
     @abstractmethod
-    def weigh(self, losses: Tensor, places: list[int]) -> tuple[Tensor, Tensor | float]:
-        """Weights `(T,)` of the losses `(T,)` of the tasks at `places`, and what is added to their weighted sum."""
+    def weigh(self, losses: Tensor, places: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Weights `(T,)` of the losses `(T,)` of the tasks at `places`, and what is added to their weighted sum, if anything."""
 
     def _backward(self, losses: dict[str, Tensor]) -> None:
         values = torch.stack(list(losses.values()))
         weights, more = self.weigh(values, self._places(losses))
-        factor = 1 / len(losses) if self.config.reduction == "mean" else 1.0
-        (factor * ((weights * values).sum() + more)).backward()
-        self.report = Report(list(losses), numbers(losses), weights.detach().double().cpu().numpy())
+        total = (weights * values).sum() if more is None else (weights * values).sum() + more
+        (total / len(losses) if self.config.reduction == "mean" else total).backward()
+        self.report = Report(list(losses), numbers(values), weights.detach().cpu().double().numpy())
 
 
 @balancer("uniform", "the plain sum of the losses")
 class Uniform(LossBalancer):
     """All weights 1."""
 
-    def weigh(self, losses: Tensor, places: list[int]) -> tuple[Tensor, Tensor | float]:
+    def weigh(self, losses: Tensor, places: list[int]) -> tuple[Tensor, Tensor | None]:
         """Ones."""
-        return torch.ones_like(losses), 0.0
+        return torch.ones_like(losses), None
 
 
 @balancer("uw", "weights learned with the model as variances of the tasks (uncertainty weighting)")
@@ -68,7 +68,7 @@ class UncertaintyWeighting(LossBalancer):
             )
         return [self.log_variances]
 
-    def weigh(self, losses: Tensor, places: list[int]) -> tuple[Tensor, Tensor | float]:
+    def weigh(self, losses: Tensor, places: list[int]) -> tuple[Tensor, Tensor | None]:
         """`exp(-s)`, and half the sum of s."""
         s = self.log_variances[places].to(losses.device)
         self.seen += 1
@@ -113,14 +113,14 @@ class DWA(LossBalancer):
     weights: Array
     means: list[Array]  # of the last two epochs
 
-    def weigh(self, losses: Tensor, places: list[int]) -> tuple[Tensor, Tensor | float]:
+    def weigh(self, losses: Tensor, places: list[int]) -> tuple[Tensor, Tensor | None]:
         """The weights of this epoch."""
         if self.sums.device != losses.device:
             exact = torch.float32 if losses.device.type == "mps" else torch.float64
             self.sums = self.sums.to(losses.device, exact)
         self.sums[places] += losses.detach().to(self.sums)
         self.counts[places] += 1
-        return torch.as_tensor(self.weights[places], dtype=losses.dtype, device=losses.device), 0.0
+        return torch.as_tensor(self.weights[places], dtype=losses.dtype, device=losses.device), None
 
     def _end_epoch(self) -> None:
         """Set the weights of the next epoch from the mean losses of the last two."""
