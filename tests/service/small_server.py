@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from vouch.errors import StorageError, UnknownIdError
+from vouch.service import server
 from vouch.service.app import create_app
 from vouch.service.config import ServiceConfig
 from vouch.service.logs import write_json_logs
-from vouch.service.server import listen
 
 
 class Recommended:
@@ -28,6 +31,9 @@ class PlainEngine:
     def __init__(self, path: Path) -> None:
         if (path / "broken").exists():
             raise StorageError("the weights are truncated", where=str(path))
+        if (path / "slow").exists():
+            (path / "opening").touch()
+            time.sleep(30)
         self.name, self.fingerprint = path.name, f"fingerprint of {path.name}"
         self.items = [f"i{n}" for n in range(self.n_items)]
 
@@ -78,5 +84,9 @@ def application() -> Any:
     return create_app(ServiceConfig.from_environment(), PlainEngine)
 
 
-if __name__ == "__main__":
-    listen(ServiceConfig.from_environment(), "small_server:application")
+def run(environment: dict[str, str], log: Path) -> None:
+    """Serve in this process, which was forked for it."""
+    os.environ.update(environment)
+    sys.stdout = sys.stderr = open(log, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (until the end)
+    server._config = None
+    server.listen(ServiceConfig.from_environment(), "small_server:application")

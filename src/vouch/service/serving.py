@@ -288,11 +288,18 @@ class Serving:
         return Path(active["run"]) if active and active["base"] == str(self.base) else self.base
 
     def _load(self, path: Path) -> Served:
-        if not path.is_dir():
+        if not _is_folder(path):
             raise StorageError(f"there is no run {path.name!r}", hint="vouch train METHOD --data SOURCE --out RUN")
         engine = self._open(path)
         version, changed = self.store.catalog_since(0)
         return Served(engine, Shelf(engine, version, {change.item: change for change in changed}), path)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name longer than the system takes
+        return False
 
 
 def unknown_items(engine: Answers, items: Sequence[str]) -> list[str]:
