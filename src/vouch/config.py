@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -79,8 +79,10 @@ class Config(BaseModel):
             key, equals, value = (part.strip() for part in text.partition("="))
             if not equals or not key.rstrip("+"):
                 raise ConfigError(f"{text!r} is not of the form key=value", hint="for example --set epochs=20")
-            given: Any = None if value.lower() in ("none", "null") else value
             name = key.rstrip("+").strip()
+            # "none" is no value where there may be none, and a word like any other elsewhere
+            optional = name not in cls.model_fields or type(None) in get_args(cls.model_fields[name].annotation)
+            given: Any = None if optional and value.lower() in ("none", "null") else value
             default = cls.model_fields[name].default if name in cls.model_fields else None
             if isinstance(default, tuple | list):
                 given = [part.strip() for part in value.split(",") if part.strip()]

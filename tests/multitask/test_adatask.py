@@ -96,7 +96,7 @@ def test_the_scale_of_a_loss_does_nothing_to_the_shared_part(factor):
     def go(optimizer_of, scale):
         model = frozen()
         optimizer = optimizer_of(model)
-        optimizer._sort({id(p) for p in model.body.parameters()})
+        optimizer._mark({id(p) for p in model.body.parameters()})
         for x, y in batches(20):
             losses = model.losses(x.double(), y.double())
             optimizer.step([losses[0] * scale, losses[1]])

@@ -91,6 +91,18 @@ def test_every_balancer_trains_it(world: Dataset, balancer: str) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("balancer", ["uw", "dwa", "gradnorm", "gradvac", "gradcraft", "adatask"])
+def test_resumed_is_as_if_never_stopped(world: Dataset, balancer: str, tmp_path) -> None:
+    settings = {**SMALL, "balancer": balancer, "patience": 9}
+    whole = MTL(**{**settings, "epochs": 4})
+    whole.fit(split(world), Run(path=tmp_path / "whole", seed=0))
+    MTL(**{**settings, "epochs": 2}).fit(split(world), Run(path=tmp_path / "stopped", seed=0))
+    again = MTL(**{**settings, "epochs": 4})
+    again.fit(split(world), Run(path=tmp_path / "stopped", seed=0, resume=True))
+    one, other = whole.state(), again.state()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize("architecture", ["shared-bottom", "mmoe", "ple"])
 def test_saved_and_loaded_it_scores_the_same(world: Dataset, architecture: str, tmp_path) -> None:
     model = MTL(**{**SMALL, "architecture": architecture, "interaction": True, "epochs": 1})

@@ -74,14 +74,12 @@ class AdaTask(torch.optim.Optimizer):
         self.weights = [1.0] * len(self.tasks) if weights is None else [float(w) for w in weights]
         self.accumulators, self.max_norm = accumulators, max_norm
         self.meter: AUMeter | None = None
-        self.sorted = False
-        super().__init__(every, {**defaults, "weight_decay": weight_decay})
+        super().__init__(every, {**defaults, "weight_decay": weight_decay, "shared": None})
         if shared is not None:
-            self._sort({id(p) for p in shared})
+            self._mark({id(p) for p in shared})
 
-    def _sort(self, shared: set[int]) -> None:
-        """Put the shared parameters into groups of their own, each parameter in exactly one."""
-        groups = []
+    def _mark(self, shared: set[int]) -> None:
+        """Note in each group which of its parameters are shared; the state that is saved has it too."""
         known = {id(p) for group in self.param_groups for p in group["params"]}
         if shared - known:
             raise ConfigError(
@@ -89,11 +87,7 @@ class AdaTask(torch.optim.Optimizer):
                 hint="give all trained parameters, and in `shared` some of them",
             )
         for group in self.param_groups:
-            for is_shared in (True, False):
-                chosen = [p for p in group["params"] if (id(p) in shared) == is_shared]
-                groups.append({**group, "params": chosen, "shared": is_shared})
-        self.param_groups = groups
-        self.sorted = True
+            group["shared"] = [id(p) in shared for p in group["params"]]
 
     def step(  # type: ignore[override]
         self,
@@ -122,9 +116,9 @@ class AdaTask(torch.optim.Optimizer):
         every = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         tasks, values = list(found), [self.weights[self.tasks.index(t)] * loss for t, loss in found.items()]
         reach = reached(values, every)
-        if not self.sorted:
-            self._sort({id(p) for p, by in zip(every, reach, strict=True) if len(by) > 1})
-        is_shared = {id(p) for group in self.param_groups if group["shared"] for p in group["params"]}
+        if any(group["shared"] is None for group in self.param_groups):
+            self._mark({id(p) for p, by in zip(every, reach, strict=True) if len(by) > 1})
+        is_shared = {id(p) for group in self.param_groups for p in _where(group, True)}
         shared = [p for p in every if id(p) in is_shared]
         by_task, own = self._gradients(tasks, values, every, reach, shared)
         if transform is not None:
@@ -194,21 +188,21 @@ class AdaTask(torch.optim.Optimizer):
                 moved = [p for p in group["params"] if id(p) in by_parameter or id(p) in own]
                 if moved:
                     torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"])
-            if not group["shared"]:
-                chosen = [(p, own[id(p)]) for p in group["params"] if id(p) in own]
-                self._move(group, [p for p, _ in chosen], [g for _, g in chosen], None, 0, 1)
-                continue
+            alone = [p for p in _where(group, False) if id(p) in own]
+            self._move(group, alone, [own[id(p)] for p in alone], None, 0, 1, None)
+            together = _where(group, True)
             total: dict[int, Tensor] = {}
             nothing: list[Tensor | None] = [None] * len(places)
             if self.accumulators == "shared":
-                for p in group["params"]:
+                for p in together:
                     parts = [g for g in by_parameter.get(id(p), ()) if g is not None]
                     if parts:
                         total[id(p)] = torch.stack(parts).sum(0)
             for at, k in enumerate(places):
-                having = [(p, g) for p in group["params"] if (g := by_parameter.get(id(p), nothing)[at]) is not None]
+                having = [(p, g) for p in together if (g := by_parameter.get(id(p), nothing)[at]) is not None]
                 sums = [total[id(p)] for p, _ in having] if total else None
-                self._move(group, [p for p, _ in having], [g for _, g in having], sums, k, len(self.tasks))
+                moved = [p for p, _ in having]
+                self._move(group, moved, [g for _, g in having], sums, k, len(self.tasks), self.meter)
 
     def _move(
         self,
@@ -218,6 +212,7 @@ class AdaTask(torch.optim.Optimizer):
         sums: list[Tensor] | None,
         k: int,
         T: int,
+        meter: AUMeter | None,
     ) -> None:
         """Move parameters by one task's part. `sums` are the gradients of all tasks, where the account is shared."""
         if not parameters:
@@ -233,10 +228,10 @@ class AdaTask(torch.optim.Optimizer):
         slots = {slot: [self.state[p][slot][k] for p in parameters] for slot in self.slots}
         steps = [float(self.state[p]["step"][k]) for p in parameters]
         numerators, denominators, factors = self.account(group, slots, gradients, sums or gradients, steps)
-        if self.meter is not None and group["shared"]:
+        if meter is not None:
             updates = torch._foreach_div(numerators, denominators)
             torch._foreach_mul_(updates, factors)
-            self.meter.update(k, dict(zip(parameters, updates, strict=True)))
+            meter.update(k, dict(zip(parameters, updates, strict=True)))
         torch._foreach_addcdiv_(parameters, numerators, denominators, factors)
 
     @abstractmethod
@@ -252,6 +247,11 @@ class AdaTask(torch.optim.Optimizer):
 
         `squares` are the gradients whose squares are accumulated.
         """
+
+
+def _where(group: Mapping[str, Any], shared: bool) -> list[Tensor]:
+    """The parameters of a group that are shared, or those that are not."""
+    return [p for p, is_shared in zip(group["params"], group["shared"], strict=True) if is_shared == shared]
 
 
 class AdaTaskAdam(AdaTask):

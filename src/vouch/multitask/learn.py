@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -90,6 +91,17 @@ class Learner(nn.Module):
         """Tell the balancer that an epoch has ended."""
         if self.balancer is not None and epoch > 1:
             self.balancer.end_epoch()
+
+    def get_extra_state(self) -> Tensor:
+        """The balancer's state as bytes of JSON, so that a resumed training goes on with it."""
+        found = None if self.balancer is None else self.balancer.state_dict()
+        return torch.tensor(list(json.dumps(found).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take it back; without a balancer, as when predicting, there is nothing to do."""
+        found = json.loads(bytes(state.tolist()))
+        if self.balancer is not None and found is not None:
+            self.balancer.load_state_dict(found)
 
     def losses(self, batch: TaskBatch) -> dict[str, Tensor]:
         """The tasks' losses of a batch."""

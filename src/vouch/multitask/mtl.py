@@ -34,6 +34,10 @@ PAIRS = 1 << 15
 """Pairs of a query and an item scored at once."""
 
 
+EXTRA = "_extra_state"
+"""Under which PyTorch keeps what a resumed training needs, and a model does not."""
+
+
 class MTLConfig(TrainConfig):
     """Settings of the multi-task recommender."""
 
@@ -279,7 +283,8 @@ class MTL(Recommender):
             "binary": torch.tensor(self.learner.binary),
             "sizes": torch.tensor(self.sizes),
         }
-        return {**dict(self.learner.state_dict()), **{f"fact.{name}": tensor for name, tensor in facts.items()}}
+        learned = {name: value for name, value in self.learner.state_dict().items() if name != EXTRA}
+        return {**learned, **{f"fact.{name}": tensor for name, tensor in facts.items()}}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take it back."""
@@ -290,7 +295,8 @@ class MTL(Recommender):
         label = np.tile(np.array([[0.0], [1.0]], np.float32), (1, len(self.tasks)))
         self.learner = Learner(network, TaskTable("", np.zeros((2, 0), np.int64), (), (), label, self.tasks))
         self.learner.binary = tuple(bool(each) for each in state["fact.binary"])
-        self.learner.load_state_dict({name: value for name, value in state.items() if not name.startswith("fact.")})
+        learned = {name: value for name, value in state.items() if not name.startswith("fact.")}
+        self.learner.load_state_dict({**learned, EXTRA: self.learner.get_extra_state()})
         self.learner.eval()
 
 

@@ -226,3 +226,7 @@ def test_settings_are_found_by_the_names_of_the_table() -> None:
     config = registry.method("actsr").Config(**{"actsr.penalty": 0.2})
     assert config.value("actsr.penalty") == 0.2 and config.value("num_layers") == 3
     assert registry.method("actsr").Config(attention="plain").value("actsr.penalty") is None
+
+
+def test_the_word_none_is_a_word_where_there_must_be_one():
+    assert SASRecConfig.parse(["augment=none"]).augment == "none"
