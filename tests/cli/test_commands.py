@@ -16,7 +16,7 @@ from vouch.cli.main import app
 
 COMMANDS = {
     "demo": [], "data": ["prepare", "inspect"], "train": [], "evaluate": [], "recommend": [], "compare": [],
-    "distil": [], "merge": [],
+    "distil": [], "merge": [], "export": [], "score": [], "serve": [], "keys": ["add", "list", "remove"],
     "systems": [], "claims": ["list", "run", "show"],
 }  # fmt: skip
 LEAVES = [[name, *sub] for name, inner in COMMANDS.items() for sub in ([[word] for word in inner] or [[]])]
