@@ -13,10 +13,13 @@ import torch
 from small_runs import small_data, small_run
 
 from vouch import registry
+from vouch.claims.ledger import read_ledger
 from vouch.data import Queries, Query
 from vouch.errors import ConfigError, StorageError, UnknownIdError, VouchError
+from vouch.evaluation import evaluate
 from vouch.recommenders import Recommender
 from vouch.recommenders.reasons import why
+from vouch.service.card import measure
 from vouch.service.engine import Engine, Question
 
 SLUGS = [slug for slug, kind in registry.methods().items() if issubclass(kind, Recommender)]
@@ -349,3 +352,47 @@ def test_a_score_that_is_no_number_is_not_served(sasrec: Engine, monkeypatch: An
 def test_an_error_of_a_run_tells_where(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="there is no run"):
         Engine.open(tmp_path / "nothing")
+
+
+def test_the_card_has_intervals_and_groups_once_measured(tmp_path: Path) -> None:
+    engine = Engine.open(small_run(tmp_path / "run", "itemknn"))
+    assert engine.card()["metrics"]["test"] is None
+    assert engine.card()["metrics"]["validation"] == {"NDCG@10": 0.1}
+    found = measure(engine.run, engine.fingerprint, most=20)
+    assert engine.card()["metrics"]["test"] == json.loads(json.dumps(found))
+    assert found["cases"] == 20 and found["of"] == 60
+    for metric in found["metrics"].values():
+        assert metric["low"] <= metric["value"] <= metric["high"]
+    made = engine.run.split()
+    whole = evaluate(engine.model, made.test, metrics=["HR@10"], train=made.train).metrics["HR@10"]
+    assert found["metrics"]["HR@10"]["low"] - 0.2 <= whole <= found["metrics"]["HR@10"]["high"] + 0.2
+    groups = found["groups"]["popularity of the target"]
+    assert sum(group["cases"] for group in groups) == 20
+    again = Engine.open(engine.run.path)
+    assert again.card()["metrics"]["test"] == engine.card()["metrics"]["test"]  # kept, not measured again
+
+
+def test_the_card_tells_the_claims_of_the_ledger(tmp_path: Path) -> None:
+    claims = Engine.open(small_run(tmp_path / "run", "actsr")).card()["claims"]
+    assert all(claim["verdict"] in ("holds", "does not hold", "inconclusive") for claim in claims)
+    assert any(entry.slug == "actsr" for entry in read_ledger()) == bool(claims)
+
+
+@pytest.mark.parametrize(
+    ("slug", "kind"),
+    [("sasrec", "attention"), ("comirec-sa", "routing"), ("nais", "attention"), ("ease", "similarity")],
+)
+def test_the_methods_own_evidence(slug: str, kind: str, folder: Path) -> None:
+    engine = _engines.get(slug) or Engine.open(small_run(folder / f"evidence-{slug}", slug))
+    history = ["i3", "i9", "i11"]
+    found = engine.evidence(history, "i5")
+    assert found is not None and found["kind"] == kind
+    weights = {each["item"]: each["weight"] for each in found["weights"]}
+    assert set(weights) <= set(history)
+    if (kind == "attention" and slug == "sasrec") or kind == "routing":
+        assert sum(weights.values()) == pytest.approx(1.0, abs=1e-4)  # a share of the whole
+    if kind == "similarity":
+        row = engine.model.similarities(engine.codes(["i9"]))[0]  # type: ignore[index]
+        assert weights.get("i9", 0.0) == pytest.approx(float(row[engine.items.code("i5")]), abs=1e-6)
+    assert engine.evidence([], "i5") is None
+    assert Engine.open(small_run(folder / f"popular-{slug}", "popularity")).evidence(history, "i5") is None
