@@ -81,7 +81,7 @@ def add_key(
     typer.echo(key)
 
 
-@keys.command("list")
+@keys.command("list", epilog="Example: vouch keys list runs/best")
 def list_keys(run: RunFolder, database: Database = None, as_json: shared.Json = False) -> None:
     """List the keys, without their secrets."""
     with _open(_config(run, None, database=database)) as store:
@@ -100,7 +100,7 @@ def list_keys(run: RunFolder, database: Database = None, as_json: shared.Json = 
     shared.console().print(table)
 
 
-@keys.command("remove")
+@keys.command("remove", epilog="Example: vouch keys remove runs/best shop-frontend")
 def remove_key(
     run: RunFolder,
     id: Annotated[str, typer.Argument(help="The id of the key; see the list.")],
