@@ -100,7 +100,7 @@ def list_keys(run: RunFolder, database: Database = None, as_json: shared.Json = 
     shared.console().print(table)
 
 
-@keys.command("remove", epilog="Example: vouch keys remove runs/best shop-frontend")
+@keys.command("remove", epilog="Example: vouch keys remove runs/best 7c1e0b52")
 def remove_key(
     run: RunFolder,
     id: Annotated[str, typer.Argument(help="The id of the key; see the list.")],
