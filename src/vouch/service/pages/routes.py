@@ -17,7 +17,7 @@ from vouch.service.pages import shop as shops
 from vouch.service.pages.goods import good
 from vouch.service.pages.pictures import draw_picture
 from vouch.service.pages.shop import SHOPPER, Opinion, Shopper, State, Window, cookie, shopper
-from vouch.service.pages.web import HEADERS, PageRoute, form, page, see, wants_part
+from vouch.service.pages.web import HEADERS, Nothing, PageRoute, form, page, see, wants_part
 from vouch.service.problems import Refused
 from vouch.service.security import COOKIE, Caller, needs
 
@@ -115,7 +115,7 @@ async def feedback(request: Request, caller: Writer, serving: Service, store: Me
 @pages.post("/shop/forget")
 async def forget(request: Request, caller: Admin, serving: Service, store: Memory) -> Response:
     """Forget the events and the feedback of the user."""
-    await form(request, BaseModel)
+    await form(request, Nothing)
     user = shopper(request)
     if user is not None:
         await run_in_threadpool(store.erase, user)
@@ -165,7 +165,7 @@ async def item_page(request: Request, item: ItemId, caller: Reader, serving: Ser
             why_not = error.what
     else:
         why_not = "it was added after the model was trained"
-    facts = runcard.rows(known.attributes)
+    facts = [(name, text) for name, text in runcard.rows(known.attributes) if text != known.title]
     return page(
         request, "item.html", good=good(served, known), facts=facts, similar=similar, why_not=why_not,
         state=State(clicked=(item,)), known=known,
@@ -257,7 +257,7 @@ async def measure(request: Request, caller: Admin, serving: Service) -> Response
     from vouch.recommenders.runs import open_run
     from vouch.service.card import measure as measured
 
-    await form(request, BaseModel)
+    await form(request, Nothing)
     served = serving.served
     await run_in_threadpool(lambda: measured(open_run(served.path), served.engine.fingerprint))
     return see("/card")
@@ -302,7 +302,7 @@ async def sign_in(request: Request) -> Response:
 @pages.post("/sign-out")
 async def sign_out(request: Request) -> Response:
     """Forget the key and the user."""
-    await form(request, BaseModel)
+    await form(request, Nothing)
     answer = see("/sign-in")
     answer.delete_cookie(COOKIE)
     answer.delete_cookie(SHOPPER, path="/shop")

@@ -108,6 +108,10 @@ def wants_part(request: Request, part: str) -> bool:
     return "hx-request" in request.headers and request.headers.get("hx-target", "").startswith(part)
 
 
+class Nothing(BaseModel):
+    """A form that is a button only."""
+
+
 async def form(request: Request, model: type[Sent]) -> Sent:
     """The fields of a form that was sent from one of our pages; fields that are lists may occur again and again.
 
@@ -118,13 +122,12 @@ async def form(request: Request, model: type[Sent]) -> Sent:
     origin = request.headers.get("origin")
     if origin is None or origin.partition("://")[2] != request.headers.get("host"):
         raise Refused(403, "this form was not sent from a page of this service", hint="open the page and try again")
-    if not request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
+    body = await request.body()
+    if body and not request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
         raise Refused(415, "the body is no form")
     try:
-        pairs = parse_qsl(
-            (await request.body()).decode(), keep_blank_values=True, errors="strict", max_num_fields=MOST_FIELDS
-        )
-    except (UnicodeDecodeError, ValueError):
+        pairs = parse_qsl(body.decode(), keep_blank_values=True, errors="strict", max_num_fields=MOST_FIELDS)
+    except ValueError:
         raise Refused(400, "the form cannot be read") from None
     fields: dict[str, Any] = {}
     for name, value in pairs:
