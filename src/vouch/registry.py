@@ -83,6 +83,8 @@ def method(slug: str) -> Any:
     Raises:
         UnknownIdError: there is none; the message names near ones.
     """
+    if slug in _registered:  # its module was imported: no need to import all others
+        return _registered[slug]
     known = methods()
     if slug not in known:
         raise UnknownIdError(f"there is no method {slug!r}", hint=did_you_mean(slug, known))

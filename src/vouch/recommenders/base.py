@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -230,8 +232,8 @@ class Recommender(ABC):
             np.save(aside / "popularity.npy", self.popularity)
             self.items.save(aside / "items")
             self.users.save(aside / "users")
-            header = {"format": FORMAT, "method": self.card.slug, "config": self.config.model_dump(mode="json")}
-            write_json(aside / "recommender.json", header)
+            header = {"format": FORMAT, "method": self.card.slug, "module": type(self).__module__}
+            write_json(aside / "recommender.json", {**header, "config": self.config.model_dump(mode="json")})
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -270,6 +272,10 @@ def load(path: Path | str) -> Any:
             where=str(path),
             hint="upgrade vouch, or train again",
         )
+    module = str(header.get("module", ""))
+    if module.startswith("vouch."):  # spares the import of all other methods
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(module)
     kind = registry.method(header["method"])
     model = kind(kind.Config(**header["config"]))
     try:

@@ -6,6 +6,8 @@ It reads no database. Weights, vectors, log and features are memory maps of file
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +33,8 @@ from vouch.service.scoring import Closed, Scoring, share_weights
 IndexKind = Literal["auto", "exact", "hnsw", "ivf"]
 WIDEST = 1_000
 """Most items that the index is asked for; beyond that, all items are compared."""
+
+WARM_UP = 16
 
 
 @dataclass(frozen=True)
@@ -131,13 +135,22 @@ class Engine:
             scoring = Scoring(model, log)
             if mmap and scoring.vectors is not None:
                 scoring.vectors = keep_vectors(path, fingerprint, scoring.vectors)
-            return cls(opened, scoring, open_index(path, fingerprint, scoring, log, index), fingerprint)
+            engine = cls(opened, scoring, open_index(path, fingerprint, scoring, log, index), fingerprint)
+            engine.warm_up()
+            return engine
         except VouchError:
             raise
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OSError, RuntimeError, EOFError) as error:
             raise StorageError(
                 f"the run is damaged: {type(error).__name__}: {error}", where=str(path), hint="train it again"
             ) from error
+
+    def warm_up(self) -> None:
+        """Answer a few questions, so that the first one asked is not slow; then give back what opening needed."""
+        users = np.flatnonzero(np.diff(self.log.offsets[: WARM_UP + 1]) > 0)
+        self.recommend([Question(None, self.history(str(self.users.id(int(user))))) for user in users])
+        with contextlib.suppress(OSError, AttributeError):  # only some C libraries have it
+            ctypes.CDLL(None).malloc_trim(0)
 
     # Ids --------------------------------------------------------------------------------------------------------
 
