@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def create_app(config: ServiceConfig, open_engine: Callable[[Path], Answers] | N
         app.state.store, app.state.serving, app.state.config = store, serving, config
         app.state.gate = Gate(keys, limit, lambda reason: metrics.refused.labels(reason).inc())
         watching = asyncio.create_task(_watch(serving, config.poll_seconds))
-        log.info("started", extra={"facts": {"model": serving.served.model.fingerprint, "version": vouch.__version__}})
+        facts = {"model": serving.served.model.fingerprint, "version": vouch.__version__, "process": os.getpid()}
+        log.info("started", extra={"facts": facts})
         try:
             yield
         finally:
@@ -79,8 +81,6 @@ def create_app(config: ServiceConfig, open_engine: Callable[[Path], Answers] | N
 
 def from_environment() -> FastAPI:
     """The application for a worker process, with the settings of `VOUCH_SERVICE_*`."""
-    import os
-
     import torch
 
     config = ServiceConfig.from_environment()

@@ -1,0 +1,224 @@
+"""`vouch serve`, `vouch keys`, and the settings of the service."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+
+from conftest import free_port, wait_until
+from vouch.cli.main import main
+from vouch.errors import ConfigError
+from vouch.service import server
+from vouch.service.config import PREFIX, ServiceConfig
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ServiceConfig]:
+    """What would be served."""
+    found: list[ServiceConfig] = []
+    monkeypatch.setattr(server, "serve", found.append)
+    return found
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main([str(word) for word in words])
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+# Settings -----------------------------------------------------------------------------------------------------------
+
+
+def test_settings_pass_through_the_environment(tmp_path: Path) -> None:
+    config = ServiceConfig(run=tmp_path, port=1, hosts=("a", "b"), requests_per_second=2.5, keys="off")
+    assert ServiceConfig.from_environment(config.to_environment()) == config
+    assert ServiceConfig.from_environment({}) == ServiceConfig()
+    assert ServiceConfig.from_environment({f"{PREFIX}PORT": "7"}, port=8).port == 8
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "named"),
+    [("PROT", "1", "VOUCH_SERVICE_PORT"), ("PORT", "http", "port"), ("PORT", "65536", "port")],
+)
+def test_a_variable_that_does_not_fit_is_told(variable: str, value: str, named: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        ServiceConfig.from_environment({PREFIX + variable: value})
+    assert named in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "needed", "hosts"),
+    [
+        ("127.0.0.1", "auto", False, ("127.0.0.1", "::1", "localhost", "[::1]")),
+        ("127.0.0.1", "required", True, ("127.0.0.1", "::1", "localhost", "[::1]")),
+        ("0.0.0.0", "auto", True, ("*",)),
+        ("0.0.0.0", "off", False, ("*",)),
+    ],
+)
+def test_keys_and_hosts_follow_the_address(host: str, keys: Any, needed: bool, hosts: tuple[str, ...]) -> None:
+    config = ServiceConfig(host=host, keys=keys)
+    assert config.needs_keys is needed
+    assert config.allowed_hosts == hosts
+    assert ServiceConfig(host=host, keys=keys, hosts=("shop.example",)).allowed_hosts == ("shop.example",)
+
+
+def test_the_database_lies_beside_the_run_unless_named(tmp_path: Path) -> None:
+    assert ServiceConfig(run=tmp_path / "best").database_url == f"sqlite:///{tmp_path}/service.db"
+    assert ServiceConfig(run=tmp_path, database="postgresql://h/d").database_url == "postgresql://h/d"
+
+
+# The commands -------------------------------------------------------------------------------------------------------
+
+
+def test_options_become_settings(
+    served: list[ServiceConfig], runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"{PREFIX}WORKERS", "3")
+    code, _, told = said(
+        capsys, "serve", runs / "best", "--port", 9, "--index", "exact", "--set", "max_body=5000", "--set", "hosts=a,b"
+    )
+    assert code == 0
+    assert served == [
+        ServiceConfig(run=runs / "best", port=9, workers=3, index="exact", max_body=5_000, hosts=("a", "b"))
+    ]
+    assert "http://127.0.0.1:9" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--set", "max_boody=5"), "max_body"),
+        (("--set", "max_body=lots"), "max_body"),
+        (("--port", "70000"), "port"),
+        (("--keys", "perhaps"), "keys"),
+        (("--index", "fast"), "index"),
+    ],
+)
+def test_options_that_do_not_fit_are_told(
+    served: list[ServiceConfig], runs: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], named: str
+) -> None:
+    code, _, told = said(capsys, "serve", runs / "best", *words)
+    assert code == 2
+    assert named in told
+    assert not served
+
+
+def test_an_open_address_is_warned_about(
+    served: list[ServiceConfig], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "vouch keys add" in said(capsys, "serve", runs / "best", "--host", "0.0.0.0")[2]
+    assert "no keys are asked for" in said(capsys, "serve", runs / "best", "--host", "0.0.0.0", "--keys", "off")[2]
+    said(capsys, "keys", "add", runs / "best", "me", "--role", "admin")
+    assert "vouch keys add" not in said(capsys, "serve", runs / "best", "--host", "0.0.0.0")[2]
+
+
+@pytest.mark.parametrize("damage", ["none", "unfinished", "weights", "newer", "database", "in memory"])
+def test_what_cannot_be_served_is_told_before_anything_starts(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(server, "listen", lambda *given: pytest.fail("it listened"))
+    run, more = runs / "best", []
+    if damage == "none":
+        run = runs / "nothing"
+    elif damage == "unfinished":
+        (run / "run.json").unlink()
+    elif damage == "weights":
+        weights = run / "model" / "weights.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage == "newer":
+        (run / "run.json").write_text((run / "run.json").read_text().replace('"format": 1', '"format": 99', 1))
+    elif damage == "database":
+        (runs / "service.db").write_bytes(b"no database" * 99)
+    else:
+        more = ["--database", "sqlite://"]
+    code, _, told = said(capsys, "serve", run, *more)
+    assert code == 2
+    assert told.count("error:") == 1
+    assert "try:" in told
+
+
+def test_keys_are_added_listed_and_removed(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, key, _ = said(capsys, "keys", "add", runs / "best", "shop [bold]", "--role", "write")
+    assert code == 0
+    _, id, secret = key.strip().split("_", 2)
+    listed = json.loads(said(capsys, "keys", "list", runs / "best", "--json")[1])
+    assert [(each["id"], each["name"], each["role"]) for each in listed] == [(id, "shop [bold]", "write")]
+    table = said(capsys, "keys", "list", runs / "best")[1]
+    assert id in table and secret not in table
+    assert said(capsys, "keys", "remove", runs / "best", id)[0] == 0
+    assert said(capsys, "keys", "remove", runs / "best", id)[0] == 2
+    assert said(capsys, "keys", "add", runs / "best", "x", "--role", "root")[0] == 2
+    assert said(capsys, "keys", "add", runs / "best", "")[0] == 2
+
+
+def test_a_missing_extra_is_named(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, told = said(capsys, "serve", runs / "best")
+    assert code == 2
+    assert 'pip install "vouch[service]"' in told
+
+
+def test_help_loads_nothing_of_the_service() -> None:
+    code = (
+        "import sys; from vouch.cli.main import main; main(['serve', '--help']);"
+        "heavy = {'fastapi', 'uvicorn', 'sqlalchemy', 'torch', 'alembic'} & set(sys.modules);"
+        "sys.exit(repr(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "vouch serve runs/best" in done.stdout
+
+
+def test_a_run_is_served_by_two_workers_until_told_to_stop(runs: Path) -> None:
+    port = free_port()
+    words = [Path(sys.executable).with_name("vouch"), "serve", runs / "best", "--port", str(port), "--workers", "2"]
+    with open(runs / "log", "wb") as log:
+        process = subprocess.Popen(words, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def get(path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.loads(answer.read()) if path.startswith("/v1") else answer.read().decode()
+
+    def ready() -> bool:
+        assert process.poll() is None, (runs / "log").read_text()
+        with contextlib.suppress(OSError):
+            return bool(get("/readyz"))
+        return False
+
+    try:
+        wait_until(ready, 90)
+        wait_until(lambda: (runs / "log").read_text().count('"event": "started"') == 2, 60)
+        assert len(get("/v1/recommend", {"user": "u1", "k": 3})["recommendations"]) == 3
+        for number in range(30):  # whichever worker answers
+            event = {"id": f"{number}", "user": "new", "item": "i1"}
+            assert get("/v1/events", {"events": [event]})["accepted"] == 1
+            assert len(get("/v1/users/history", {"user": "new"})["items"]) == number + 1
+        text = get("/metrics")
+        assert "vouch_events_total 30.0" in text
+        assert 'vouch_requests_total{route="/v1/events",status="200"} 30.0' in text
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(30)
+    assert code in (0, -signal.SIGTERM)
+    told = (runs / "log").read_text()
+    assert "Traceback" not in told
+    assert told.count('"event": "stopped"') == 2
