@@ -217,6 +217,13 @@ def test_guessing_keys_is_slowed_down(start: Start) -> None:
     client = start(PlainEngine, keys="required", requests_per_second=0.5, burst=3)
     statuses = [client.get("/v1/card", headers=bearer(f"vouch_{n}_x")).status_code for n in range(5)]
     assert statuses == [401, 401, 401, 429, 429]
+    client = start(PlainEngine, keys="required", requests_per_second=0.5, burst=3)
+    key, row = new_key("n", "read", 0)
+    client.app.state.store.add_key(row)  # type: ignore[attr-defined]
+    assert client.get("/v1/card", headers=bearer(key)).status_code == 200
+    statuses = [client.get("/v1/card", headers=bearer(f"{key[:-5]}{n:05}")).status_code for n in range(4)]
+    assert statuses == [401, 401, 429, 429]
+    assert client.get("/v1/card", headers=bearer(key)).status_code == 200  # who has the key is not slowed down
 
 
 def test_a_local_service_answers_to_local_names_only(start: Start) -> None:

@@ -45,6 +45,15 @@ def new_key(name: str, role: Role, moment: float) -> tuple[str, KeyRow]:
     return f"vouch_{id}_{secret}", KeyRow(id, name, role, _hash(secret), int(moment))
 
 
+def _parts(key: str) -> tuple[str, str]:
+    """The id and the secret of a key; an empty id if it does not look like one."""
+    prefix, _, rest = key.partition("_")
+    id, _, secret = rest.partition("_")
+    if prefix != "vouch" or not id.isalnum() or len(key) > 200 or not key.isascii():
+        return "", ""
+    return id, secret
+
+
 def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
@@ -62,14 +71,16 @@ class Keys:
         Raises:
             Unavailable: the database is gone, and the key was not seen lately.
         """
-        prefix, _, rest = key.partition("_")
-        id, _, secret = rest.partition("_")
-        if prefix != "vouch" or not id.isalnum() or len(key) > 200 or not key.isascii():
-            return None
-        row = await self._row(id)
+        id, secret = _parts(key)
+        row = await self._row(id) if id else None
         if row is None or not hmac.compare_digest(row.hash, _hash(secret)):
             return None
         return Caller(row.id, row.role)  # type: ignore[arg-type]
+
+    def knows(self, key: str) -> bool:
+        """Whether a key with this id was found lately, so that no look into the database is needed."""
+        seen = self._known.get(_parts(key)[0])
+        return seen is not None and seen[1] is not None and self._clock() - seen[0] < FRESH_SECONDS
 
     async def _row(self, id: str) -> KeyRow | None:
         now = self._clock()
@@ -128,12 +139,17 @@ class Gate:
         Raises:
             Refused: 401 without a good key, 403 with too small a role, 429 when asked too often.
         """
-        address = request.client.host if request.client else "unknown"
+        address = f"address {request.client.host if request.client else 'unknown'}"
         caller = Caller(None, "admin")
         if self.keys is not None:
-            found = await self._known(request, self.keys)
+            key = _sent_key(request)
+            known = self.keys.knows(key)
+            if not known:
+                self._slow_down(address)  # guesses cost looks into the database: their sender has few
+            found = await self.keys.caller(key) if key else None
             if found is None:
-                self._slow_down(f"address {address}")
+                if known:
+                    self._slow_down(address)  # nor many at the secret of a known id
                 self._refused("key")
                 raise Refused(
                     401,
@@ -143,18 +159,11 @@ class Gate:
                 )
             caller = found
         request.scope["state"]["key_id"] = caller.key_id
-        self._slow_down(f"key {caller.key_id}" if caller.key_id else f"address {address}")
+        self._slow_down(f"key {caller.key_id}" if caller.key_id else address)
         if ROLES.index(caller.role) < ROLES.index(role):
             self._refused("role")
             raise Refused(403, f"this needs a key with the role {role}; yours has {caller.role}")
         return caller
-
-    async def _known(self, request: Request, keys: Keys) -> Caller | None:
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        key = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-        if not key and (key := request.cookies.get(COOKIE, "")) and not _same_site(request):
-            return None  # a page of another site made the browser send its cookie
-        return await keys.caller(key) if key else None
 
     def _slow_down(self, who: str) -> None:
         wait = self.limit.wait(who)
@@ -162,6 +171,15 @@ class Gate:
             self._refused("rate")
             hint = f"at most {self.limit.rate:g} requests a second"
             raise Refused(429, "too many requests", hint=hint, headers={"Retry-After": str(max(1, round(wait)))})
+
+
+def _sent_key(request: Request) -> str:
+    """The key of a request, or nothing."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    key = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+    if key or not _same_site(request):  # a page of another site may make the browser send its cookie
+        return key
+    return request.cookies.get(COOKIE, "")
 
 
 def _same_site(request: Request) -> bool:
