@@ -168,7 +168,8 @@ class DecoupledAttention(ExplicitAttention):
         T = scores_BHTST.shape[-1]
         place = torch.arange(T, device=columns.device)
         # the column of key j: how far it lies behind query i, or behind the end; what is after either is 0 anyway
-        column = (place.unsqueeze(1) - place).remainder(T)[:, None] if causal else columns[:, None, None, None]
+        back = place.unsqueeze(1) - place
+        column = torch.where(back < 0, back + T, back)[:, None] if causal else columns[:, None, None, None]
         index = column.expand_as(scores_BHTST)
         rows = torch.zeros_like(scores_BHTST).scatter(-1, index, scores_BHTST)
         if self.fusion == "gate":
