@@ -86,6 +86,14 @@ def test_onnx_gives_the_models_vectors(slug: str, folder: Path) -> None:
     assert best_by_product(out, query, 5) == [model.items.ids(row) for row in ranking.item]
 
 
+def test_a_network_that_onnx_lacks_operators_for_is_told_in_a_line(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ConfigError, match="SR-GNN cannot be written as ONNX") as caught:
+        export(trained(folder, "srgnn"), tmp_path / "out", "onnx")
+    assert "\n" not in caught.value.what and "\x1b" not in caught.value.what
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = trained(folder, "sasrec"), folder / "by-command"
     assert main(["export", str(run), "--out", str(out)]) == 0

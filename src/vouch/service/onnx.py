@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def export_onnx(scoring: Scoring, file: Path) -> dict[str, Any]:
             )
     except Exception as error:  # the exporter raises whatever it meets
         raise ConfigError(
-            f"the network of {scoring.model.card.name} cannot be written as ONNX: {str(error).strip().splitlines()[0]}",
+            f"the network of {scoring.model.card.name} cannot be written as ONNX: {_reason(error)}",
             hint="use --format vectors",
         ) from error
     inputs = {
@@ -216,3 +217,11 @@ def check_onnx(network: Any, file: Path) -> float | None:
             hint="use --format vectors, and report this",
         )
     return largest
+
+
+def _reason(error: BaseException) -> str:
+    """What an exporter met first, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = re.sub(r"\x1b\[\d+m", "", str(error)).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
