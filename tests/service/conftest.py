@@ -6,10 +6,8 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ pytest.importorskip("fastapi")
 
 from fastapi.testclient import TestClient
 from small_runs import small_data, small_run
+from small_server import free_port, wait_until
 
 from vouch.service.app import create_app
 from vouch.service.config import ServiceConfig
@@ -155,17 +154,3 @@ def postgres() -> Iterator[PostgresServer]:
             yield server
         finally:
             server.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Wait for something to become true, or fail."""
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "it did not come true"
-        time.sleep(0.05)

@@ -26,9 +26,8 @@ import sqlalchemy as sa
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
-from small_server import PlainEngine
+from small_server import PlainEngine, free_port, wait_until
 
-from conftest import free_port, wait_until
 from vouch.service.storage import Store
 
 Start = Callable[..., TestClient]

@@ -17,7 +17,9 @@ import pytest
 pytest.importorskip("fastapi")
 
 
-from conftest import free_port, wait_until
+from fastapi.testclient import TestClient
+from small_server import free_port, wait_until
+
 from vouch.cli.main import main
 from vouch.errors import ConfigError
 from vouch.service import server
@@ -78,6 +80,15 @@ def test_keys_and_hosts_follow_the_address(host: str, keys: Any, needed: bool, h
 def test_the_database_lies_beside_the_run_unless_named(tmp_path: Path) -> None:
     assert ServiceConfig(run=tmp_path / "best").database_url == f"sqlite:///{tmp_path}/service.db"
     assert ServiceConfig(run=tmp_path, database="postgresql://h/d").database_url == "postgresql://h/d"
+
+
+def test_the_manual_names_every_setting_and_every_route(client: TestClient) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "guide" / "serve.md").read_text(encoding="utf-8")
+    for row in ServiceConfig.rows():
+        assert f"`{row.name}`" in text, row.name
+    for path in client.get("/v1/openapi.json").json()["paths"]:
+        if path.startswith("/v1"):
+            assert path.partition("{")[0].rstrip("/") in text, path
 
 
 # The commands -------------------------------------------------------------------------------------------------------
