@@ -350,7 +350,7 @@ def test_reasons_are_those_of_the_api(site: TestClient) -> None:
         for reason in found["reasons"]:
             assert reason["title"] in shown.text and f"−{reason['drop']:.2f}" in shown.text  # noqa: RUF001
         assert found["evidence"]["about"] in shown.text
-    assert float(part.all("meter")[0]["value"]) == 1.0
+    assert [each["width"] for each in part.all("rect")][:2] == ["100", "100.0"]  # the strongest is the whole line
 
 
 def test_an_error_in_a_part_is_a_notice(site: TestClient) -> None:

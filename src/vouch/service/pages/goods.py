@@ -145,7 +145,9 @@ def search(served: Served, words: str, most: int = FOUND) -> list[str]:
     found = [words]
     catalog: Any = getattr(served.engine, "catalog", None)
     for name in catalog.columns("title") if catalog is not None else ():
-        hits = catalog.table[name].cast(str).str.to_lowercase().str.contains(words.lower(), literal=True).fill_null(False)
+        hits = (
+            catalog.table[name].cast(str).str.to_lowercase().str.contains(words.lower(), literal=True).fill_null(False)
+        )
         found += [str(catalog.items.id(int(code))) for code in hits.arg_true()[: 4 * most]]
     found += [item for item, change in served.shelf.changes.items() if words.lower() in (change.title or "").lower()]
     known = [item for item in dict.fromkeys(found) if served.shelf.present(item) and served.shelf.recommendable(item)]

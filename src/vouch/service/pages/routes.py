@@ -125,7 +125,8 @@ async def forget(request: Request, caller: Admin, serving: Service, store: Memor
 async def why_page(request: Request, serving: Service, window: Window, user: str | None, item: str) -> Response:
     """What a recommendation rests on: a page, or what unfolds in its card."""
     found = await shops.why(serving, window, user, item)
-    return page(request, "_why.html" if wants_part(request, "why-") else "why.html", **found)
+    part = request.headers["hx-target"] if wants_part(request, "why-") else ""
+    return page(request, "_why.html" if part else "why.html", part=part, **found)
 
 
 class Question(Window):

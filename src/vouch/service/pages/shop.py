@@ -20,6 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from vouch.errors import ConfigError, UnknownIdError
 from vouch.service import schemas
 from vouch.service.pages.goods import FOUND, Good, facts, good, goods, reasons, search
+from vouch.service.pages.words import brief
 from vouch.service.serving import Serving
 from vouch.service.storage import Store
 
@@ -240,7 +241,7 @@ async def tell(serving: Serving, store: Store, user: str, opinion: Opinion) -> s
         raise UnknownIdError("there is no such item")
     sent = schemas.FeedbackRequest(id=str(uuid4()), user=user, item=opinion.item, kind=opinion.kind)
     await asyncio.wrap_future(store.submit_feedback(sent.model_dump()))
-    title = shelf.item(opinion.item).title
+    title = brief(shelf.item(opinion.item).title)
     return f"You liked {title}." if opinion.kind == "like" else f"{title} is hidden from now on."
 
 

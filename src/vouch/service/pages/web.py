@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 import vouch
 from vouch.errors import ConfigError, VouchError
 from vouch.service.pages import assets
+from vouch.service.pages.words import brief, number, sentence, signed, whole
 from vouch.service.problems import PHRASES, Refused, status_of
 from vouch.service.security import COOKIE
 
@@ -33,7 +34,6 @@ HEADERS = {
 }
 PLACES = (("/shop", "Shop window"), ("/compare", "Compare"), ("/claims", "Claims"), ("/card", "Run card"))
 MOST_FIELDS = 100
-NOTHING = "\N{EN DASH}"
 
 Sent = TypeVar("Sent", bound=BaseModel)
 
@@ -58,36 +58,6 @@ def environment() -> jinja2.Environment:
         segment=lambda text: quote(text, safe=""),
     )
     return made
-
-
-def number(value: Any, digits: int = 4) -> str:
-    """`0.1234`; a dash for what is missing or no number."""
-    return NOTHING if not isinstance(value, int | float) or value != value else f"{value:,.{digits}f}"
-
-
-def signed(value: Any, digits: int = 4) -> str:
-    """`+0.1234`, with a real minus sign."""
-    return (
-        NOTHING
-        if not isinstance(value, int | float) or value != value
-        else f"{value:+,.{digits}f}".replace("-", "\N{MINUS SIGN}")
-    )
-
-
-def whole(value: Any) -> str:
-    """`12,345`."""
-    return f"{value:,.0f}" if isinstance(value, int | float) else NOTHING
-
-
-def sentence(text: str) -> str:
-    """With a great letter in front and a full stop behind."""
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
-
-
-def brief(title: str, most: int = 40) -> str:
-    """A title as one would say it in passing: what stands before its first comma, and not too much of that."""
-    short = title.partition(",")[0].strip() or title
-    return short if len(short) <= most else short[: most - 1].rstrip() + "…"
 
 
 def page(

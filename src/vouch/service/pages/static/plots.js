@@ -26,7 +26,7 @@ function layout(rows, more) {
   };
 }
 
-// Names are escaped: Plotly reads a little markup in texts.
+// Names are escaped: Plotly reads a little markup in texts. (We give it none: it would set styles that the policy refuses.)
 const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
 function quality(data, metric) {
@@ -42,7 +42,7 @@ function quality(data, metric) {
       {
         x: [value], y: [name], mode: "markers", marker: { color: own, size: 12 },
         error_x: interval && { type: "data", symmetric: false, array: [interval[1] - value], arrayminus: [value - interval[0]], color: own, thickness: 2.5, width: 5 },
-        hovertemplate: `<b>${name}</b><br>${plain(metric)} ${digits(value)}` + (interval ? `<br>${digits(interval[0])} to ${digits(interval[1])}` : "") + "<extra></extra>",
+        hovertemplate: `${name}<br>${plain(metric)} ${digits(value)}` + (interval ? `<br>${digits(interval[0])} to ${digits(interval[1])}` : "") + "<extra></extra>",
       },
     ];
   });
@@ -55,7 +55,7 @@ function trade(data, metric, cost) {
   const traces = rows.map((row, place) => ({
     x: [Math.max(row.cost[cost], least)], y: [row.metrics[metric]], mode: "markers+text", text: [plain(row.name)],
     textposition: place % 2 ? "bottom center" : "top center", cliponaxis: false, marker: { color: data.colours[row.slug], size: 13 },
-    hovertemplate: `<b>${plain(row.name)}</b><br>${plain(metric)} ${digits(row.metrics[metric])}<br>${plain(data.costs[cost])} ${digits(row.cost[cost])}<extra></extra>`,
+    hovertemplate: `${plain(row.name)}<br>${plain(metric)} ${digits(row.metrics[metric])}<br>${plain(data.costs[cost])} ${digits(row.cost[cost])}<extra></extra>`,
   }));
   const values = rows.map((row) => Math.log10(Math.max(row.cost[cost], least)));
   const room = Math.max(0.4, 0.18 * (Math.max(...values) - Math.min(...values)));
@@ -71,7 +71,7 @@ function against(data) {
     return {
       x: [effect], y: [plain(row.name)], mode: "markers", marker: { color: own, size: 12, symbol: significant ? "circle" : "circle-open" },
       error_x: { type: "data", symmetric: false, array: [interval[1] - effect], arrayminus: [effect - interval[0]], color: own, thickness: 2.5, width: 5 },
-      hovertemplate: `<b>${plain(row.name)}</b><br>${digits(effect)} [${digits(interval[0])}, ${digits(interval[1])}]<br>p = ${p.toFixed(3)}<extra></extra>`,
+      hovertemplate: `${plain(row.name)}<br>${digits(effect)} [${digits(interval[0])}, ${digits(interval[1])}]<br>p = ${p.toFixed(3)}<extra></extra>`,
     };
   });
   return [traces, layout(rows.length, { xaxis: { title: { text: `${plain(data.headline)}, difference` }, rangemode: "tozero" }, yaxis: { showgrid: false } })];
@@ -94,7 +94,8 @@ async function begin() {
   if (!answer.ok) throw new Error(`the numbers of the plots did not come (${answer.status})`);
   const data = await answer.json();
   data.colours = Object.fromEntries(data.methods.map((row, k) => [row.slug, PALETTE[k % PALETTE.length]]));
-  for (const tools of place.querySelectorAll("[data-needs-script]")) tools.hidden = false;
+  place.hidden = false;
+  document.getElementById("no-plots").remove();
   for (const id of ["metric", "cost"]) document.getElementById(id).addEventListener("change", () => drawAll(data));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawAll(data));
   await drawAll(data);
