@@ -373,7 +373,7 @@ def test_names_in_plots_are_text(visit: Any, address: str) -> None:
     import json
 
     made = {
-        "headline": "NDCG@10", "metrics": ["NDCG@10"], "costs": {"fit_seconds": "seconds"}, "best": "a",
+        "headline": "NDCG@10", "metrics": ["NDCG@10"], "costs": {"fit_seconds": "seconds"}, "best": "a", "groups": [],
         "methods": [
             {"slug": slug, "name": f"<b>{slug}</b>{EVIL[1]}", "metrics": {"NDCG@10": 0.2}, "intervals": {"NDCG@10": [0.1, 0.3]},
              "cost": {"fit_seconds": 1}, "seeds": [], "against": None} for slug in "ab"

@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi")
 
 from fastapi.testclient import TestClient
-from small_runs import small_run
+from small_runs import small_data, small_run
 
 from vouch.claims import read_ledger
+from vouch.compare import compare
 from vouch.data.world import WorldConfig, build
 from vouch.errors import ConfigError
 from vouch.service import schemas
 from vouch.service.app import create_app
 from vouch.service.config import ServiceConfig
-from vouch.service.pages import assets, board, routes
+from vouch.service.pages import assets, board, groups, routes
 from vouch.service.storage import Store, Unavailable
 from vouch.systems import SYSTEMS
 
@@ -197,8 +199,7 @@ def test_nothing_typed_is_shown_unescaped(shop: TestClient, runs: Path, evil: st
     assert shop.put("/v1/audits/attack", json={"summary": evil, "result": {"found": evil}}).status_code == 200
     assert evil in seen(shop.get("/card")).text
     write_comparison(runs / "compare", name=evil)
-    compare = seen(shop.get("/compare"))
-    assert compare.text.count(evil) >= 4
+    assert seen(shop.get("/compare")).text.count(evil) >= 4
 
 
 def test_a_ledger_is_not_trusted_either(site: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,6 +469,36 @@ def test_the_comparison_beside_the_run_is_shown(client: TestClient, runs: Path) 
     assert (
         report.headers["content-security-policy"] == routes.REPORT_POLICY and "script-src" not in routes.REPORT_POLICY
     )
+
+
+def test_a_real_comparison_is_shown_by_groups_too(client: TestClient, runs: Path) -> None:
+    result = compare(small_data(), ["popularity", "itemknn"], out=runs / "compare", seeds=1, trials=1, jobs=1)
+    page = seen(client.get("/compare"))
+    assert result.verdict.sentence in page.text
+    data = client.get("/compare/data").json()
+    assert [group["by"] for group in data["groups"]] == ["events in the history", "training events of the target"]
+    for group in data["groups"]:
+        assert sum(group["cases"]) == result.split["test_cases"]
+        for row in data["methods"]:  # the groups' means, weighted, are the whole's
+            mean = np.average(group["means"][row["slug"]], weights=group["cases"])
+            assert mean == pytest.approx(row["metrics"]["NDCG@10"])
+        assert f"NDCG@10 by {group['by']}" in page.text
+
+    unit = next((runs / "compare" / "units").glob("itemknn-*-seed-*.npz"))
+    unit.write_bytes(b"damaged")
+    groups._unit.cache_clear()
+    again = runs / "compare" / "comparison.json"
+    again.write_text(again.read_text())  # another time of writing
+    assert client.get("/compare/data").json()["groups"] == []
+    assert "by events in the history" not in seen(client.get("/compare")).text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [(None, 5, "up to 4"), (5, 10, "5 to 9"), (5, 6, "5"), (1000, None, "1,000 or more"), (None, None, "all")],
+)
+def test_ranges_in_words(low: Any, high: Any, words: str) -> None:
+    assert groups.span(low, high) == words
 
 
 def test_of_several_comparisons_one_can_be_chosen(client: TestClient, runs: Path) -> None:

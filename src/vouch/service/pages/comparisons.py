@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vouch.errors import DataError, UnknownIdError, VouchError
 from vouch.files import read_json
+from vouch.service.pages.groups import Grouped, grouped
 
 FILE = "comparison.json"
 REPORT = "report.html"
@@ -74,7 +76,17 @@ def read(found: Found) -> dict[str, Any]:
     return read
 
 
-def plotted(comparison: dict[str, Any]) -> dict[str, Any]:
+def groups_of(found: Found) -> list[Grouped]:
+    """Quality by groups of test cases, where the values per case are still there."""
+    return _groups(found.file, found.file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _groups(file: Path, written: int) -> list[Grouped]:
+    return grouped(read(Found(file.parent.name, file)), file.parent)
+
+
+def plotted(comparison: dict[str, Any], groups: list[Grouped]) -> dict[str, Any]:
     """What the plots are drawn from: of every method that ran, its numbers."""
     methods = [row for row in comparison["methods"] if row["status"] == "ok"]
     metrics = list(comparison["plan"]["metrics"])
@@ -83,6 +95,7 @@ def plotted(comparison: dict[str, Any]) -> dict[str, Any]:
         "metrics": [name for name in metrics if all(name in row["metrics"] for row in methods)],
         "costs": {name: label for name, label in COSTS.items() if all(name in row["cost"] for row in methods)},
         "best": comparison["verdict"]["best"],
+        "groups": [asdict(each) for each in groups],
         "methods": [
             {
                 "slug": row["method"],

@@ -196,7 +196,13 @@ def compare(request: Request, caller: Reader, serving: Service, report: Name = "
     chosen = comparisons.choose(found, report)
     read = comparisons.read(chosen)
     return page(
-        request, "compare.html", found=found, chosen=chosen, c=read, data=comparisons.plotted(read), rows=runcard.rows
+        request,
+        "compare.html",
+        found=found,
+        chosen=chosen,
+        c=read,
+        data=comparisons.plotted(read, comparisons.groups_of(chosen)),
+        rows=runcard.rows,
     )
 
 
@@ -204,7 +210,7 @@ def compare(request: Request, caller: Reader, serving: Service, report: Name = "
 def compare_data(caller: Reader, serving: Service, report: Name = "") -> Response:
     """What the plots are drawn from."""
     chosen = comparisons.choose(comparisons.find(serving.served.path), report)
-    return JSONResponse(comparisons.plotted(comparisons.read(chosen)))
+    return JSONResponse(comparisons.plotted(comparisons.read(chosen), comparisons.groups_of(chosen)))
 
 
 @pages.get("/compare/report")

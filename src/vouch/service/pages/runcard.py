@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from vouch.service.pages.groups import span
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -59,19 +61,7 @@ def groups(measured: dict[str, Any]) -> dict[str, list[Group]]:
 
 def _group(row: dict[str, Any]) -> Group:
     mean, half = row["mean"], 1.96 * row["sem"]
-    return Group(_range(row["low"], row["high"]), row["cases"], mean, max(0.0, mean - half), mean + half)
-
-
-def _range(low: float | None, high: float | None) -> str:
-    """A range of whole numbers; `high` is no part of it."""
-    if low is None and high is None:
-        return "all"
-    if high is None:
-        return f"{low:,.0f} or more"
-    last = high - 1
-    if low is None:
-        return f"up to {last:,.0f}"
-    return f"{low:,.0f}" if last <= low else f"{low:,.0f} to {last:,.0f}"
+    return Group(span(row["low"], row["high"]), row["cases"], mean, max(0.0, mean - half), mean + half)
 
 
 def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -77,6 +77,22 @@ function against(data) {
   return [traces, layout(rows.length, { xaxis: { title: { text: `${plain(data.headline)}, difference` }, rangemode: "tozero" }, yaxis: { showgrid: false } })];
 }
 
+const short = (name) => name.replace("up to ", "≤ ").replace(" or more", "+").replace(" to ", "–");
+
+function byGroup(data, group) {
+  const names = group.names.map((name) => plain(short(name)));
+  const traces = data.methods.map((row) => ({
+    x: names, y: group.means[row.slug], name: plain(row.name), customdata: group.cases, mode: "lines+markers",
+    line: { color: data.colours[row.slug], width: 2.2 }, marker: { size: 8 },
+    hovertemplate: `${plain(row.name)}<br>%{x}: %{y:.4f}<br>%{customdata:,} cases<extra></extra>`,
+  }));
+  return [traces, layout(0, {
+    height: 380, showlegend: true, legend: { orientation: "h", x: 0, y: 1.04, yanchor: "bottom", itemwidth: 30 },
+    xaxis: { type: "category", title: { text: plain(group.by) }, tickangle: 0, tickfont: { size: 11 } },
+    yaxis: { title: { text: plain(data.headline) }, rangemode: "tozero" },
+  })];
+}
+
 async function draw(id, [traces, look]) {
   const element = document.getElementById(id);
   if (element) await Plotly.react(element, traces, look, CONFIG);
@@ -86,6 +102,7 @@ async function drawAll(data) {
   await draw("quality", quality(data, chosen("metric")));
   await draw("trade", trade(data, chosen("metric"), chosen("cost")));
   await draw("against", against(data));
+  for (const [place, group] of data.groups.entries()) await draw(`group-${place}`, byGroup(data, group));
   place.dataset.drawn = "yes";
 }
 
