@@ -138,6 +138,13 @@ def test_unknown_items_are_dropped_and_named(sasrec: Engine) -> None:
     assert list(sasrec.codes(["i3", "nope"])) == [sasrec.items.code("i3"), -1]
 
 
+@pytest.mark.parametrize("odd", ["", " i3", "i3 ", "\x00", "\ud800", "i" * 10_000, "İ3", "i\n3", "-1", "3"])
+def test_odd_ids_are_unknown(odd: str, sasrec: Engine) -> None:
+    answer, plain = sasrec.recommend([Question(odd, [odd, "i3"], exclude=[odd]), Question(history=["i3"])])
+    assert answer.unknown == [odd] and answer == plain  # type: ignore[attr-defined]
+    assert not sasrec.knows_user(odd) and sasrec.history(odd) == [] and list(sasrec.codes([odd])) == [-1]
+
+
 def test_an_unknown_user_goes_by_the_history(sasrec: Engine) -> None:
     stranger, nobody = sasrec.recommend([Question("nobody", ["i3", "i9"]), Question(None, ["i3", "i9"])])
     assert stranger == nobody

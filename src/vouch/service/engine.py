@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vouch.data import Queries
+from vouch.data import Queries, Vocabulary
 from vouch.data.interactions import Interactions
 from vouch.errors import ConfigError, StorageError, UnknownIdError, VouchError, did_you_mean
 from vouch.nn.topk import top_k
@@ -43,7 +43,8 @@ class Question:
 
     Attributes:
         user: where known to the log, methods that have learned of users use it; any other goes by the history.
-        history: item ids, oldest first, complete: an engine adds nothing to it. Unknown ones are left out.
+        history: item ids, oldest first, complete: an engine adds nothing to it. Unknown ones are left out; if none is
+            left, popularity answers.
         exclude: item ids never to recommend. allowed: bool `(n_items,)`, the items to choose from; None is all.
         repeat: whether items of the history may be recommended.
     """
@@ -104,7 +105,7 @@ class Engine:
         self.items, self.users = self.log.items, self.log.users
         self.n_items = len(self.items)
         self.filters = Filters(self.catalog)
-        self._code = functools.lru_cache(maxsize=1 << 16)(self.items.get)
+        self._code = functools.lru_cache(maxsize=1 << 16)(functools.partial(find, self.items))
 
     @classmethod
     def open(cls, run: Path | str, *, index: IndexKind = "auto", mmap: bool = True) -> Engine:
@@ -160,11 +161,11 @@ class Engine:
 
     def knows_user(self, user: str) -> bool:
         """Whether the user is in the run's log."""
-        return self.users.get(user) >= 0
+        return find(self.users, user) >= 0
 
     def history(self, user: str) -> list[str]:
         """The items of a user in the run's log, oldest first; none for one it does not know."""
-        code = self.users.get(user)
+        code = find(self.users, user)
         return [] if code < 0 else [str(item) for item in self.items.ids(self.log.history(code))]
 
     # Recommending -----------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ class Engine:
     def _resolve(self, questions: Sequence[Question]) -> tuple[Queries, list[NDArray[np.int64]]]:
         """The questions in codes; and the codes of each history, -1 at unknown items."""
         found = [self.codes(question.history) for question in questions]
-        users = [-1 if question.user is None else self.users.get(question.user) for question in questions]
+        users = [-1 if question.user is None else find(self.users, question.user) for question in questions]
         queries = Queries.from_histories([codes[codes >= 0] for codes in found], user=np.array(users, np.int32))
         labels: dict[str, Any] = {}
         for kind in ("scenario", "domain"):
@@ -227,7 +228,7 @@ class Engine:
             if len(question.exclude):
                 excluded = self.codes(question.exclude)
                 codes.append(excluded[excluded >= 0])
-            closed.append(np.unique(np.concatenate(codes)) if codes else np.zeros(0, np.int64))
+            closed.append(np.concatenate(codes) if codes else np.zeros(0, np.int64))
         allowed = [question.allowed for question in questions]
         k = min(max(question.k for question in questions), self.n_items)
         scores, items = self.search(queries, k, closed, allowed)
@@ -255,7 +256,7 @@ class Engine:
         By the index where there is one and it can find enough, else by comparing with all items.
 
         Args:
-            closed: item codes not to recommend, by row. allowed: bool `(n_items,)` of each row, or None.
+            closed: item codes not to recommend, by row; one may occur twice. allowed: bool `(n_items,)` of each row, or None.
         """
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         items = np.full((len(queries), k), -1, dtype=np.int64)
@@ -368,6 +369,14 @@ class Engine:
     def card(self) -> dict[str, Any]:
         """The run card, in plain JSON; see `run_card`."""
         return run_card(self.run, self.fingerprint, self.index)
+
+
+def find(vocabulary: Vocabulary, id: str) -> int:
+    """The code of an id, or -1; also for texts that are none (half a surrogate pair)."""
+    try:
+        return vocabulary.get(id)
+    except UnicodeEncodeError:
+        return -1
 
 
 def take(queries: Queries, rows: NDArray[np.int64]) -> Queries:

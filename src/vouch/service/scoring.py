@@ -199,7 +199,8 @@ class Scoring:
         if self.vectors is None:
             users = np.where(self.nothing_known(queries), -1, queries.user).astype(np.int32)
             with self.turn, torch.no_grad():
-                yield 0, self.model.score_or_popularity(replace(queries, user=users))
+                scores = self.model.score_or_popularity(replace(queries, user=users))
+            yield 0, scores
         else:
             yield from self.products(self.query_vectors(queries), torch.from_numpy(self.nothing_known(queries)))
 
