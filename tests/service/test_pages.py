@@ -634,6 +634,7 @@ def test_a_visitor_without_a_key_is_asked_for_one(guarded: tuple[TestClient, dic
     assert client.get(assets.url("vouch.css")).status_code == 200
 
     wrong = seen(client.post("/sign-in", data={"key": keys["read"][:-1] + "!", "next": "/card"}), 401)
+    assert client.app.state.serving.served.model.fingerprint not in wrong.text  # type: ignore[attr-defined]
     assert "not known here" in wrong.text and not wrong.all("input", value=keys["read"])
     right = client.post("/sign-in", data={"key": keys["read"], "next": "/card"}, follow_redirects=False)
     assert right.status_code == 303 and right.headers["location"] == "/card"

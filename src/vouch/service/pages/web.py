@@ -64,9 +64,10 @@ def page(
     request: Request, template: str, *, status: int = 200, headers: Mapping[str, str] | None = None, **values: Any
 ) -> HTMLResponse:
     """A page, or the part of one where the template is a part."""
+    entered = "key_id" in request.scope["state"]  # strangers are not told what is served
     text = environment().get_template(template).render(
         path=request.url.path,
-        model=request.app.state.serving.served.model,
+        model=request.app.state.serving.served.model if entered else None,
         signed_in=COOKIE in request.cookies,
         **values,
     )  # fmt: skip
