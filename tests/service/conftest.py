@@ -44,8 +44,8 @@ def runs(run_folder: Path, tmp_path: Path) -> Path:
 Start = Callable[..., TestClient]
 
 
-@pytest.fixture
-def start(runs: Path) -> Iterator[Start]:
+@contextlib.contextmanager
+def starting(runs: Path) -> Iterator[Start]:
     """A function that starts a service over the run with some settings, and gives a client of it."""
     with contextlib.ExitStack() as stack:
 
@@ -58,8 +58,29 @@ def start(runs: Path) -> Iterator[Start]:
 
 
 @pytest.fixture
+def start(runs: Path) -> Iterator[Start]:
+    with starting(runs) as begin:
+        yield begin
+
+
+@pytest.fixture
 def client(start: Start) -> TestClient:
     return start()
+
+
+@pytest.fixture(scope="module")
+def start_shared(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """`start`, for tests that leave nothing behind."""
+    runs = tmp_path_factory.mktemp("shared")
+    shutil.copytree(run_folder, runs / "best")
+    with starting(runs) as begin:
+        yield begin
+
+
+@pytest.fixture(scope="module")
+def shared(start_shared: Start) -> TestClient:
+    """`client`, for tests that leave nothing behind."""
+    return start_shared()
 
 
 # PostgreSQL ---------------------------------------------------------------------------------------------------------

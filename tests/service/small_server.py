@@ -105,3 +105,7 @@ def wait_until(true: Callable[[], bool], seconds: float = 30.0) -> None:
     while not true():
         assert time.monotonic() < until, "it did not come true"
         time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    server.listen(ServiceConfig.from_environment(), "small_server:application")

@@ -38,9 +38,9 @@ def names(answer: Any) -> list[str]:
 # Recommendations ----------------------------------------------------------------------------------------------------
 
 
-def test_a_user_gets_what_the_model_recommends(client: TestClient, run_folder: Path) -> None:
+def test_a_user_gets_what_the_model_recommends(shared: TestClient, run_folder: Path) -> None:
     run = open_run(run_folder)
-    answer = ask(client, "recommend", user="u1", k=5)
+    answer = ask(shared, "recommend", user="u1", k=5)
     assert names(answer) == [item for item, _ in _best(run, "u1", 5)]
     assert [each["score"] for each in answer["recommendations"]] == pytest.approx([s for _, s in _best(run, "u1", 5)])
     assert not answer["fallback"]
@@ -58,35 +58,35 @@ def _best(run: Any, user: str, k: int) -> list[tuple[str, float]]:
     return [(run.model.items.id(int(c)), float(s)) for c, s in zip(found.item[0], found.score[0], strict=True)]
 
 
-def test_a_history_replaces_the_stored_one_and_unknown_items_are_named(client: TestClient) -> None:
-    log = ask(client, "users/history", user="u1")["items"]
-    own = ask(client, "recommend", user="u1", k=4)
-    same = ask(client, "recommend", history=["never", *(each["item"] for each in log), "<b>", "never"], k=4)
+def test_a_history_replaces_the_stored_one_and_unknown_items_are_named(shared: TestClient) -> None:
+    log = ask(shared, "users/history", user="u1")["items"]
+    own = ask(shared, "recommend", user="u1", k=4)
+    same = ask(shared, "recommend", history=["never", *(each["item"] for each in log), "<b>", "never"], k=4)
     assert names(same) == names(own)
     assert same["unknown"] == ["never", "<b>"]
-    other = ask(client, "recommend", user="u1", history=["i0"], k=4)
-    assert other["recommendations"] == ask(client, "recommend", history=["i0"], k=4)["recommendations"]
+    other = ask(shared, "recommend", user="u1", history=["i0"], k=4)
+    assert other["recommendations"] == ask(shared, "recommend", history=["i0"], k=4)["recommendations"]
 
 
 @pytest.mark.parametrize("whose", [{"user": "stranger"}, {"history": []}, {"history": ["never"]}])
-def test_who_is_not_known_gets_popular_items_and_is_told(client: TestClient, whose: dict[str, Any]) -> None:
-    answer = ask(client, "recommend", **whose, k=3)
+def test_who_is_not_known_gets_popular_items_and_is_told(shared: TestClient, whose: dict[str, Any]) -> None:
+    answer = ask(shared, "recommend", **whose, k=3)
     assert answer["fallback"]
     assert len(answer["recommendations"]) == 3
     assert any("popular" in note for note in answer["notes"])
 
 
-def test_k_beyond_the_catalogue_gives_all_there_are(client: TestClient) -> None:
-    answer = ask(client, "recommend", history=["i0"], k=1_000)
+def test_k_beyond_the_catalogue_gives_all_there_are(shared: TestClient) -> None:
+    answer = ask(shared, "recommend", history=["i0"], k=1_000)
     assert len(set(names(answer))) == 39
     assert any("fewer" in note for note in answer["notes"])
 
 
-def test_repeat_and_exclude(client: TestClient) -> None:
-    assert "i0" not in names(ask(client, "recommend", history=["i0"], k=40))
-    assert "i0" in names(ask(client, "recommend", history=["i0"], k=40, repeat=True))
-    best = names(ask(client, "recommend", history=["i0"], k=5))
-    assert names(ask(client, "recommend", history=["i0"], k=3, exclude=best[:2])) == best[2:]
+def test_repeat_and_exclude(shared: TestClient) -> None:
+    assert "i0" not in names(ask(shared, "recommend", history=["i0"], k=40))
+    assert "i0" in names(ask(shared, "recommend", history=["i0"], k=40, repeat=True))
+    best = names(ask(shared, "recommend", history=["i0"], k=5))
+    assert names(ask(shared, "recommend", history=["i0"], k=3, exclude=best[:2])) == best[2:]
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,10 @@ def test_repeat_and_exclude(client: TestClient) -> None:
         ([{"attribute": "brand", "equals": "'; DROP TABLE items; --"}], lambda n: False),
     ],
 )
-def test_filters(client: TestClient, filters: list[Any], kept: Callable[[int], bool]) -> None:
-    found = names(ask(client, "recommend", history=["never"], k=40, filters=filters))
+def test_filters(shared: TestClient, filters: list[Any], kept: Callable[[int], bool]) -> None:
+    found = names(ask(shared, "recommend", history=["never"], k=40, filters=filters))
     assert sorted(found) == sorted(f"i{n}" for n in range(40) if kept(n))
-    similar = names(ask(client, "similar", item="i0", k=40, filters=filters))
+    similar = names(ask(shared, "similar", item="i0", k=40, filters=filters))
     assert set(similar) <= {f"i{n}" for n in range(1, 40) if kept(n)}
 
 
@@ -119,8 +119,8 @@ def test_filters(client: TestClient, filters: list[Any], kept: Callable[[int], b
         ({"domain": "none"}, "body"),
     ],
 )
-def test_what_the_run_cannot_answer_is_told(client: TestClient, field: dict[str, Any], where: str) -> None:
-    error = ask(client, "recommend", 422, user="u1", **field)["error"]
+def test_what_the_run_cannot_answer_is_told(shared: TestClient, field: dict[str, Any], where: str) -> None:
+    error = ask(shared, "recommend", 422, user="u1", **field)["error"]
     assert error["where"] == where
     assert error["what"]
 
@@ -156,27 +156,27 @@ def test_a_request_at_fault_does_not_spoil_its_batch(start: Start) -> None:
     assert passes == [1, 5]  # and those that waited were answered by one pass
 
 
-def test_similar_items(client: TestClient, run_folder: Path) -> None:
-    answer = ask(client, "similar", item="i3", k=4)
+def test_similar_items(shared: TestClient, run_folder: Path) -> None:
+    answer = ask(shared, "similar", item="i3", k=4)
     model = open_run(run_folder).model
     assert [(each["item"], pytest.approx(each["score"])) for each in answer["similar"]] == model.similar("i3", 4)
     assert answer["item"]["title"] == "Item <b>3</b>"
-    assert ask(client, "similar", 404, item="never")["error"]["where"] == "body.item"
+    assert ask(shared, "similar", 404, item="never")["error"]["where"] == "body.item"
 
 
-def test_reasons_are_those_of_removal(client: TestClient) -> None:
-    history = [each["item"] for each in ask(client, "users/history", user="u2")["items"]]
-    answer = ask(client, "recommend", user="u2", k=2, reasons=3)
+def test_reasons_are_those_of_removal(shared: TestClient) -> None:
+    history = [each["item"] for each in ask(shared, "users/history", user="u2")["items"]]
+    answer = ask(shared, "recommend", user="u2", k=2, reasons=3)
     for each in answer["recommendations"]:
-        told = ask(client, "explain", user="u2", item=each["item"], n=3)
+        told = ask(shared, "explain", user="u2", item=each["item"], n=3)
         assert told["reasons"] == each["reasons"]
         assert told["evidence"]["kind"] == "similarity"
         assert [reason["drop"] for reason in each["reasons"]] == sorted(
             (r["drop"] for r in each["reasons"]), reverse=True
         )
         assert {reason["item"] for reason in each["reasons"]} <= set(history)
-    assert ask(client, "explain", user="stranger", item="i0")["reasons"] == []
-    ask(client, "explain", 404, user="u2", item="never")
+    assert ask(shared, "explain", user="stranger", item="i0")["reasons"] == []
+    ask(shared, "explain", 404, user="u2", item="never")
 
 
 # Events -------------------------------------------------------------------------------------------------------------
@@ -287,15 +287,15 @@ def test_what_was_changed_outlives_the_service(start: Start) -> None:
     assert not set(best) & set(names(ask(start(), "recommend", user="u1", k=40)))
 
 
-def test_pictures_are_served_from_the_catalogue_only(client: TestClient) -> None:
-    item = client.get("/v1/items/i1").json()
-    answer = client.get(item["picture"])
+def test_pictures_are_served_from_the_catalogue_only(shared: TestClient) -> None:
+    item = shared.get("/v1/items/i1").json()
+    answer = shared.get(item["picture"])
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "image/png"
     assert answer.content.startswith(b"\x89PNG")
-    assert client.get("/v1/items/i2").json()["picture"] is None  # its file would lie outside
+    assert shared.get("/v1/items/i2").json()["picture"] is None  # its file would lie outside
     for path in ("i2", "never", quote("../../best/run.json", safe=""), "..%2f..%2fbest%2frun.json"):
-        assert client.get(f"/v1/pictures/{path}").status_code == 404
+        assert shared.get(f"/v1/pictures/{path}").status_code == 404
 
 
 # The model ----------------------------------------------------------------------------------------------------------
@@ -348,8 +348,8 @@ def test_a_run_that_cannot_be_served_leaves_the_old_one(start: Start, runs: Path
 
 
 @pytest.mark.parametrize("name", ["..", "../best", "/etc", "a/b", "", ".hidden", "x\x00"])
-def test_only_a_run_beside_the_one_served_can_be_named(client: TestClient, name: str) -> None:
-    assert client.put("/v1/model", json={"run": name}).status_code == 422
+def test_only_a_run_beside_the_one_served_can_be_named(shared: TestClient, name: str) -> None:
+    assert shared.put("/v1/model", json={"run": name}).status_code == 422
 
 
 def test_other_workers_follow_what_was_changed_through_one(start: Start, runs: Path) -> None:
@@ -401,8 +401,8 @@ def test_health_readiness_and_metrics(client: TestClient) -> None:
         assert line in text
 
 
-def test_the_description_covers_every_route_and_its_errors(client: TestClient) -> None:
-    described = client.get("/v1/openapi.json").json()
+def test_the_description_covers_every_route_and_its_errors(shared: TestClient) -> None:
+    described = shared.get("/v1/openapi.json").json()
     for path, methods in described["paths"].items():
         for operation in methods.values():
             assert operation.get("description") or operation.get("summary"), path

@@ -47,10 +47,10 @@ ROUTES: list[tuple[str, str, str, Any]] = [
 ]
 
 
-@pytest.fixture
-def secured(start: Start, runs: Path) -> tuple[TestClient, dict[str, str]]:
+@pytest.fixture(scope="module")
+def secured(start_shared: Start) -> tuple[TestClient, dict[str, str]]:
     """A service that asks for keys, and a key of each role."""
-    client = start(PlainEngine, keys="required")
+    client = start_shared(PlainEngine, keys="required")
     store: Store = client.app.state.store  # type: ignore[attr-defined]
     made = {}
     for role in security.ROLES:
@@ -81,8 +81,8 @@ def test_each_route_needs_its_role(
             assert answer.status_code in (200, 404), answer.text
 
 
-def test_every_route_is_in_the_list_of_roles(client: TestClient) -> None:
-    described = client.get("/v1/openapi.json").json()["paths"]
+def test_every_route_is_in_the_list_of_roles(shared: TestClient) -> None:
+    described = shared.get("/v1/openapi.json").json()["paths"]
     listed = {(method, path.replace("i1", "{item}").replace("none", "{id}")) for _, method, path, _ in ROUTES}
     listed = {(method, path.replace("audits/attack", "audits/{slot}")) for method, path in listed}
     asked = {
@@ -112,9 +112,12 @@ def test_a_key_may_come_as_bearer_or_in_its_own_header(secured: tuple[TestClient
     assert client.get("/v1/card", headers={"X-API-Key": keys["read"]}).status_code == 200
 
 
-def test_a_cookie_counts_only_for_requests_of_the_same_site(secured: tuple[TestClient, dict[str, str]]) -> None:
+def test_a_cookie_counts_only_for_requests_of_the_same_site(
+    secured: tuple[TestClient, dict[str, str]], request: pytest.FixtureRequest
+) -> None:
     client, keys = secured
     client.cookies.set(security.COOKIE, keys["write"])
+    request.addfinalizer(client.cookies.clear)
     assert client.get("/v1/card").status_code == 200
     assert client.post("/v1/events", json=EVENTS).status_code == 401
     assert client.post("/v1/events", json=EVENTS, headers={"Origin": "http://evil.example"}).status_code == 401
@@ -135,8 +138,9 @@ def test_keys_are_made_listed_and_taken_away(secured: tuple[TestClient, dict[str
     assert client.delete(f"/v1/keys/{made['id']}", headers=admin).status_code == 404
 
 
-def test_the_database_never_holds_a_secret(secured: tuple[TestClient, dict[str, str]], runs: Path) -> None:
+def test_the_database_never_holds_a_secret(secured: tuple[TestClient, dict[str, str]]) -> None:
     client, keys = secured
+    runs: Path = client.app.state.config.run.parent  # type: ignore[attr-defined]
     client.get("/v1/card", headers=bearer(keys["read"]))
     stored = b"".join(file.read_bytes() for file in runs.glob("service.db*"))
     for key in keys.values():
@@ -246,8 +250,8 @@ def test_keys_are_asked_for_unless_only_this_machine_can_reach_the_service(start
     [("GET", "/healthz"), ("GET", "/v1/card"), ("GET", "/v1/none"), ("POST", "/v1/recommend"), ("TRACE", "/v1/card"),
      ("GET", "/<script>alert(1)</script>"), ("PATCH", "/v1/recommend")],
 )  # fmt: skip
-def test_every_answer_has_the_security_headers(client: TestClient, method: str, path: str) -> None:
-    answer = client.request(method, path)
+def test_every_answer_has_the_security_headers(shared: TestClient, method: str, path: str) -> None:
+    answer = shared.request(method, path)
     for name, value in SECURITY_HEADERS.items():
         assert answer.headers[name] == value
     assert answer.headers["x-request-id"]
@@ -258,10 +262,10 @@ def test_every_answer_has_the_security_headers(client: TestClient, method: str, 
         assert set(answer.json()["error"]) == {"what", "where", "hint"}
 
 
-def test_a_body_of_another_kind_is_refused(client: TestClient) -> None:
+def test_a_body_of_another_kind_is_refused(shared: TestClient) -> None:
     """Forms of other sites can send text/plain without asking first; JSON they cannot."""
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
-        answer = client.post("/v1/recommend", content=json.dumps(ASK), headers={"Content-Type": kind})
+        answer = shared.post("/v1/recommend", content=json.dumps(ASK), headers={"Content-Type": kind})
         assert answer.status_code in (415, 422)
 
 

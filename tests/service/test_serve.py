@@ -197,39 +197,66 @@ def test_help_loads_nothing_of_the_service() -> None:
     assert "vouch serve runs/best" in done.stdout
 
 
-def test_a_run_is_served_by_two_workers_until_told_to_stop(runs: Path) -> None:
-    port = free_port()
-    words = [Path(sys.executable).with_name("vouch"), "serve", runs / "best", "--port", str(port), "--workers", "2"]
-    with open(runs / "log", "wb") as log:
-        process = subprocess.Popen(words, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+class Running:
+    """A server process of its own."""
 
-    def get(path: str, body: Any = None) -> Any:
+    def __init__(self, words: list[Any], log: Path, port: int, **environment: str) -> None:
+        self.log, self.port = log, port
+        with open(log, "wb") as file:
+            known = os.environ | {"OMP_NUM_THREADS": "1", **environment}
+            self.process = subprocess.Popen([str(word) for word in words], stderr=file, env=known)
+        try:
+            wait_until(self._ready, 90)
+        except BaseException:
+            self.process.kill()
+            raise
+
+    def get(self, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+        address = f"http://127.0.0.1:{self.port}{path}"
+        request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=10) as answer:
             return json.loads(answer.read()) if path.startswith("/v1") else answer.read().decode()
 
-    def ready() -> bool:
-        assert process.poll() is None, (runs / "log").read_text()
+    def _ready(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
         with contextlib.suppress(OSError):
-            return bool(get("/readyz"))
+            return bool(self.get("/readyz"))
         return False
 
-    try:
-        wait_until(ready, 90)
-        wait_until(lambda: (runs / "log").read_text().count('"event": "started"') == 2, 60)
-        assert len(get("/v1/recommend", {"user": "u1", "k": 3})["recommendations"]) == 3
-        for number in range(30):  # whichever worker answers
-            event = {"id": f"{number}", "user": "new", "item": "i1"}
-            assert get("/v1/events", {"events": [event]})["accepted"] == 1
-            assert len(get("/v1/users/history", {"user": "new"})["items"]) == number + 1
-        text = get("/metrics")
-        assert "vouch_events_total 30.0" in text
-        assert 'vouch_requests_total{route="/v1/events",status="200"} 30.0' in text
-    finally:
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(30)
-    assert code in (0, -signal.SIGTERM)
-    told = (runs / "log").read_text()
-    assert "Traceback" not in told
-    assert told.count('"event": "stopped"') == 2
+    def stop(self) -> str:
+        """Tell it to stop, and give its log."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(30) in (0, -signal.SIGTERM)
+        told = self.log.read_text()
+        assert "Traceback" not in told
+        return told
+
+
+def test_a_run_is_served_until_told_to_stop(runs: Path) -> None:
+    port = free_port()
+    words = [Path(sys.executable).with_name("vouch"), "serve", runs / "best", "--port", port]
+    running = Running(words, runs / "log", port)
+    best = running.get("/v1/recommend", {"user": "u1", "k": 3, "reasons": 1})["recommendations"]
+    assert len(best) == 3
+    assert best[0]["reasons"]
+    told = running.stop()
+    assert told.startswith(f"serving {runs / 'best'}")
+    assert told.count('"event": "stopped"') == 1
+
+
+def test_two_workers_share_events_and_count_together(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    port = free_port()
+    config = ServiceConfig(run=tmp_path / "best", port=port, workers=2, requests_per_second=0)
+    words = [sys.executable, Path(__file__).with_name("small_server.py")]
+    running = Running(words, tmp_path / "log", port, **config.to_environment())
+    wait_until(lambda: running.log.read_text().count('"event": "started"') == 2, 60)
+    for number in range(30):  # whichever worker answers
+        event = {"id": f"{number}", "user": "new", "item": "i1"}
+        assert running.get("/v1/events", {"events": [event]})["accepted"] == 1
+        assert len(running.get("/v1/users/history", {"user": "new"})["items"]) == number + 1
+    text = running.get("/metrics")
+    assert "vouch_events_total 30.0" in text
+    assert 'vouch_requests_total{route="/v1/events",status="200"} 30.0' in text
+    assert running.stop().count('"event": "stopped"') == 2

@@ -16,6 +16,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from vouch.service.config import ServiceConfig
 from vouch.service.logs import write_json_logs
 
+WORKER_SECONDS = 60
+"""A worker that shows no life for so long is replaced; a busy machine may take most of it to load the libraries."""
 MAX_HEAD = 1 << 16
 """Most bytes of a request's line and headers."""
 FULL_BODY = b'{"error": {"what": "too many connections", "where": null, "hint": "connect again later"}}'
@@ -137,6 +139,7 @@ def listen(config: ServiceConfig, application: str) -> None:
             access_log=False,
             server_header=False,
             timeout_keep_alive=max(1, int(config.idle_seconds)),
+            timeout_worker_healthcheck=WORKER_SECONDS,
             timeout_graceful_shutdown=max(1, int(config.drain_seconds)),
         )
 
