@@ -206,7 +206,7 @@ def test_a_ledger_is_not_trusted_either(site: TestClient, monkeypatch: pytest.Mo
     entry = next(each for each in read_ledger() if each.slug == "remi")
     for name in ("metric", "data", "command", "commit", "baseline_name", "method_name", "effect_is", "date"):
         object.__setattr__(entry, name, EVIL[0])
-    monkeypatch.setattr(board, "read_ledger", lambda: [entry])
+    monkeypatch.setattr(board, "ledger", lambda: [entry])
     assert seen(site.get("/claims/remi")).text.count(EVIL[0]) >= 7
     assert EVIL[0] in seen(site.get("/claims")).text
 
@@ -569,7 +569,7 @@ def test_a_ledger_that_cannot_be_read_is_told(site: TestClient, monkeypatch: pyt
     def broken() -> Any:
         raise ConfigError("line 3 is no entry", where="/a/secret/path")
 
-    monkeypatch.setattr(board, "read_ledger", broken)
+    monkeypatch.setattr(board, "ledger", broken)
     page = seen(site.get("/claims"))
     assert "line 3 is no entry" in page.text and "secret" not in page.text
     assert len([each for each in page.links() if each.startswith("/claims/")]) == 46

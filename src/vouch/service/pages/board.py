@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vouch.claims import claims, read_ledger
-from vouch.claims.claim import SCALES
-from vouch.claims.ledger import LedgerEntry
 from vouch.errors import UnknownIdError, VouchError
 from vouch.systems import SYSTEMS, System
+
+if TYPE_CHECKING:
+    from vouch.claims.ledger import LedgerEntry
 
 OPEN = "not run yet"
 MISSING = "not built yet"
@@ -63,7 +63,7 @@ def board() -> tuple[list[Row], str]:
     """All systems, and what is wrong with the ledger, if anything is."""
     trouble = ""
     try:
-        entries = read_ledger()
+        entries = ledger()
     except VouchError as error:
         entries, trouble = [], error.what
     return [row(system, entries) for system in SYSTEMS], trouble
@@ -75,12 +75,23 @@ def row(system: System, entries: Iterable[LedgerEntry]) -> Row:
     return Row(system, tuple(_stand(found, own) for found in _claims(system.slug)))
 
 
+def ledger() -> list[LedgerEntry]:
+    """All entries, oldest first."""
+    from vouch.claims import read_ledger  # with all it stands on, when the first visitor asks
+
+    return read_ledger()
+
+
 @functools.cache
 def _claims(slug: str) -> tuple[Any, ...]:
+    from vouch.claims import claims
+
     return tuple(claims(slug))
 
 
 def _stand(found: Any, own: list[LedgerEntry]) -> Stand:
+    from vouch.claims.claim import SCALES
+
     ran = sorted(
         (entry for entry in own if entry.variant == found.variant),
         key=lambda entry: SCALES.index(entry.scale),
@@ -104,7 +115,7 @@ def one(slug: str) -> Row:
     """
     for system in SYSTEMS:
         if system.slug == slug:
-            return row(system, read_ledger())
+            return row(system, ledger())
     raise UnknownIdError(f"there is no system {slug!r}", hint="the board lists all of them")
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vouch.compare.plots import LENGTH_EDGES
 from vouch.errors import VouchError
 from vouch.files import read_json
 
@@ -47,6 +46,8 @@ def grouped(comparison: dict[str, Any], folder: Path) -> list[Grouped]:
 
     Empty where they are gone, or are not those that the comparison was made from.
     """
+    from vouch.compare.plots import LENGTH_EDGES
+
     values: dict[str, NDArray[np.float64]] = {}
     by: dict[str, NDArray[np.int64]] = {}
     for row in comparison["methods"]:
