@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 from fastapi.testclient import TestClient
-from small_server import PlainEngine
+from small_server import PlainEngine, wait_until
 
 from vouch.recommenders.runs import open_run
 from vouch.service import schemas
@@ -370,12 +370,34 @@ def test_other_workers_follow_what_was_changed_through_one(start: Start, runs: P
 
 
 def test_a_swap_holds_for_the_run_it_was_made_for(start: Start, runs: Path) -> None:
+    def served(name: str = "best") -> str:
+        return ask(start(PlainEngine, run=runs / name), "recommend", user="known")["model"]["name"]
+
     (runs / "next").mkdir()
     (runs / "third").mkdir()
     start(PlainEngine).put("/v1/model", json={"run": "next"})
-    assert ask(start(PlainEngine, run=runs / "third"), "recommend", user="known")["model"]["name"] == "third"
+    assert served() == "next"
+    assert served("third") == "third"  # naming another run ends it
+    assert served() == "best"
+    start(PlainEngine).put("/v1/model", json={"run": "next"})
     (runs / "next").rmdir()  # gone in the meantime: the run named at the start is served
-    assert ask(start(PlainEngine), "recommend", user="known")["model"]["name"] == "best"
+    assert served() == "best"
+
+
+def test_a_run_trained_anew_in_its_place_is_opened_again_by_all_workers(start: Start, runs: Path) -> None:
+    opened: list[str] = []
+
+    class Counted(PlainEngine):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            opened.append(path.name)
+
+    one, _ = (start(Counted, poll_seconds=0.05) for _ in range(2))
+    assert opened == ["best"] * 2
+    one.put("/v1/model", json={"run": "best"})
+    wait_until(lambda: len(opened) == 4)
+    time.sleep(0.3)
+    assert opened == ["best"] * 4  # and then no more
 
 
 # Probes and description ---------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ requests under way finish with what they began with, the next ones find the new 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,11 +41,12 @@ FEWER = "fewer items than asked for may be recommended"
 
 @dataclass(frozen=True)
 class Served:
-    """A model and the catalogue as it is now."""
+    """A model and the catalogue as it is now; `swap` is the mark of the swap that brought it, if one did."""
 
     engine: Answers
     shelf: Shelf
     path: Path
+    swap: str | None = None
 
     @property
     def model(self) -> schemas.ModelInfo:
@@ -81,7 +83,7 @@ class Serving:
         self.config, self.store, self.metrics, self._open = config, store, metrics, open_engine
         self.base = config.run.resolve()
         self._changing = threading.Lock()
-        self._refused: Any = None
+        self._refused: str | None = None
         self.served = self._first()
         self._batcher: Batcher[schemas.RecommendRequest, Done | VouchError] = Batcher(
             self._answer_all, name="vouch-model", most=config.max_batch, waiting=config.max_waiting
@@ -229,7 +231,7 @@ class Serving:
             served = self.served
             version, changed = self.store.catalog_since(served.shelf.version)
             if version != served.shelf.version:
-                self.served = Served(served.engine, served.shelf.with_changes(version, changed), served.path)
+                self.served = replace(served, shelf=served.shelf.with_changes(version, changed))
 
     # Models ---------------------------------------------------------------------------------------------------------
 
@@ -241,17 +243,17 @@ class Serving:
         Raises:
             ConfigError: there is no such run, or it cannot be served; the old one stays.
         """
-        path = self.base.parent / name
+        path, mark = self.base.parent / name, secrets.token_hex(8)
         with self._changing:
             before = self.served
             try:
-                after = self._load(path)
+                after = self._load(path, mark)
             except VouchError as error:
                 self.metrics.swaps.labels("refused").inc()
                 raise ConfigError(
                     f"the run {name!r} cannot be served: {error.what}", where="body.run", hint=error.hint
                 ) from None
-            self.store.put_setting(ACTIVE, {"base": str(self.base), "run": str(path)})
+            self.store.put_setting(ACTIVE, {"base": str(self.base), "run": str(path), "swap": mark})
             self.served = after
         self.metrics.swaps.labels("done").inc()
         log.info("swapped", extra={"facts": {"model": after.model.fingerprint}})
@@ -259,40 +261,44 @@ class Serving:
 
     def follow(self) -> None:
         """Serve the run that another worker was told to serve. One that cannot be opened is left alone."""
-        wanted = self._wanted()
-        if wanted == self.served.path or wanted == self._refused:
+        path, mark = self._wanted()
+        if mark is None or mark in (self.served.swap, self._refused):
             return
         with self._changing:
-            try:
-                self.served = self._load(wanted)
-            except VouchError:
-                self._refused = wanted
-                self.metrics.swaps.labels("refused").inc()
-                log.error("cannot follow a swap", extra={"facts": {"run": wanted.name}})
-            else:
-                self.metrics.swaps.labels("done").inc()
+            self.served = self._load_or_stay(path, mark) or self.served
 
     def _first(self) -> Served:
         """The run swapped to last, if it was in place of the one named at the start; else that one."""
-        wanted = self._wanted()
-        if wanted != self.base:
-            try:
-                return self._load(wanted)
-            except VouchError:
-                log.error("cannot open the run swapped to", extra={"facts": {"run": wanted.name}})
-                self._refused = wanted
-        return self._load(self.base)
-
-    def _wanted(self) -> Path:
         active = self.store.setting(ACTIVE)
-        return Path(active["run"]) if active and active["base"] == str(self.base) else self.base
+        if active is not None and active["base"] != str(self.base):  # another run was named: that ends the swap
+            self.store.put_setting(ACTIVE, {"base": str(self.base), "run": str(self.base), "swap": None})
+        path, mark = self._wanted()
+        return (self._load_or_stay(path, mark) if mark is not None else None) or self._load(self.base)
 
-    def _load(self, path: Path) -> Served:
+    def _wanted(self) -> tuple[Path, str | None]:
+        """The run to serve, and the mark of the swap to it, if there was one."""
+        active = self.store.setting(ACTIVE)
+        if active is None or active["base"] != str(self.base):
+            return self.base, None
+        return Path(active["run"]), active["swap"]
+
+    def _load_or_stay(self, path: Path, mark: str) -> Served | None:
+        try:
+            found = self._load(path, mark)
+        except VouchError:
+            self._refused = mark
+            self.metrics.swaps.labels("refused").inc()
+            log.error("cannot open the run swapped to", extra={"facts": {"run": path.name}})
+            return None
+        self.metrics.swaps.labels("done").inc()
+        return found
+
+    def _load(self, path: Path, mark: str | None = None) -> Served:
         if not _is_folder(path):
             raise StorageError(f"there is no run {path.name!r}", hint="vouch train METHOD --data SOURCE --out RUN")
         engine = self._open(path)
         version, changed = self.store.catalog_since(0)
-        return Served(engine, Shelf(engine, version, {change.item: change for change in changed}), path)
+        return Served(engine, Shelf(engine, version, {change.item: change for change in changed}), path, mark)
 
 
 def _is_folder(path: Path) -> bool:
