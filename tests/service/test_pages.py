@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -691,6 +692,38 @@ def test_scripts_come_from_here_and_are_kept(site: TestClient) -> None:
     with site.stream("GET", assets.url("plotly.min.js"), headers={"Accept-Encoding": "gzip"}) as packed:
         raw = b"".join(packed.iter_raw())
     assert len(raw) < len(plotly.content) / 2 and gzip.decompress(raw) == plotly.content
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast of two colours by WCAG, from 1 to 21."""
+
+    def light(colour: str) -> float:
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((light(one), light(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_the_colours_have_contrast_enough() -> None:
+    """Text 4.5 to 1 and edges of fields 3 to 1 (WCAG AA), in light and in dark."""
+    css = (assets.OWN / "vouch.css").read_text()
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    schemes = [
+        dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S)
+    ]
+    assert len(schemes) == 2 and schemes[0].keys() == schemes[1].keys()
+    grounds = ("paper", "sheet", "wash")
+    texts = [(ink, ground) for ink in ("ink", "soft", "accent") for ground in grounds]
+    texts += [("on-accent", "accent"), ("good", "good-wash"), ("bad", "bad-wash"), ("open", "open-wash")]
+    for colours in schemes:
+        for ink, ground in texts:
+            assert contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
+        for ground in grounds:
+            assert contrast(colours["edge"], colours[ground]) >= 3, ground
+    tints = re.findall(r"\.tint-\d \{ background: (#\w{6}); color: (#\w{6});", css)
+    assert len(tints) == 12 and all(contrast(*tint) >= 4.5 for tint in tints)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
