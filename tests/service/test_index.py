@@ -204,6 +204,21 @@ def test_tiles_give_the_best_whatever_their_size_and_ties(exact: Engine, monkeyp
         assert torch.equal(item, order.masked_fill(torch.isneginf(values), -1))
 
 
+@pytest.mark.parametrize(("columns", "k"), [(1_000, 3), (1_007, 11), (640, 10), (639, 10), (50, 10), (5_003, 60)])
+def test_the_largest_are_found_in_the_groups_of_the_greatest_maxima(columns: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    scores = torch.randn(7, columns, generator=generator)
+    scores[1] = torch.arange(columns, dtype=torch.float32)  # the largest side by side, and in what is left over
+    scores[2] = -scores[1]
+    scores[3, scores[3] < 2] = -torch.inf
+    scores[4] = (scores[4] * 2).round()  # ties everywhere
+    scores[5] = -torch.inf
+    value, column = scorings.largest(scores, k)
+    assert torch.equal(value, torch.topk(scores, k).values)
+    assert torch.equal(scores.gather(1, column), value)
+    assert all(len(set(row.tolist())) == k for row in column)
+
+
 def mapped(path: Path) -> tuple[int, int]:
     """KiB of the files in a folder that are mapped: once, and more than once (by this or another process)."""
     once = more = 0

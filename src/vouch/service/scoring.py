@@ -24,8 +24,10 @@ from vouch.errors import DataError, StorageError
 from vouch.nn.topk import top_k
 from vouch.recommenders.base import Recommender
 
-TILE_CELLS = 1 << 20
-"""Scores of one tile: 4 MiB of float32."""
+TILE_CELLS = 1 << 19
+"""Scores of one tile: 2 MiB of float32."""
+GROUP = 16
+"""Scores of which only the greatest is looked at before the best are searched for."""
 BLOCK_CELLS = 1 << 24
 """Scores at once of a method that only scores all items together: 64 MiB."""
 QUERIES = 256
@@ -237,11 +239,11 @@ class Scoring:
     ) -> tuple[Tensor, Tensor]:
         """`best` for query vectors.
 
-        `torch.topk` is fast and leaves the choice among equals open, so one more is taken than asked for. Rows in which
-        none of these are equal are settled; for the others it is done again with care for equals.
+        `largest` is fast and leaves the choice among equals open, so one more is taken than asked for. Rows in which none
+        of these are equal are settled; for the others it is done again with care for equals.
         """
         k = min(k, len(self))
-        value, item = _merged(self.products(queries, popular), k + 1, closed, torch.topk)
+        value, item = _merged(self.products(queries, popular), k + 1, closed, largest)
         tied = ((value[:, 1:] == value[:, :-1]) & ~torch.isneginf(value[:, 1:])).any(1)
         value, item = value[:, :k].contiguous(), item[:, :k].contiguous()
         if bool(tied.any()):
@@ -292,3 +294,21 @@ def _merged(
         order = torch.sort(value, dim=1, descending=True, stable=True).indices[:, :k]
         value, item = value.gather(1, order), item.gather(1, order)
     return value, item
+
+
+def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` largest of each row of `(B, T)` and where they are, as `torch.topk`; of equals, any.
+
+    Only the `k` groups of columns with the greatest maxima are searched: each holds a score that no score outside them
+    exceeds, so the `k` largest are found there.
+    """
+    T = scores.shape[1]
+    width = T // GROUP
+    if width < 4 * k:
+        return torch.topk(scores, k)
+    even = width * GROUP  # group `w` holds the columns w, w + width, w + 2 width, ...
+    chosen = torch.topk(scores[:, :even].unflatten(1, (GROUP, width)).amax(1), k).indices
+    column = (chosen.unsqueeze(1) + width * torch.arange(GROUP).unsqueeze(1)).flatten(1)
+    column = torch.cat([column, torch.arange(even, T).expand(len(scores), -1)], 1)
+    value, place = torch.topk(scores.gather(1, column), k)
+    return value, column.gather(1, place)
