@@ -1,6 +1,8 @@
 """Load on a service by Locust: clients that ask one request after another, each on a connection of its own.
 
-    peer_locust.py URL PATH BODIES CLIENTS SECONDS
+    peer_locust.py URL PATH BODIES CLIENTS SECONDS RATE
+
+RATE is how many requests a second all clients send together at most; 0 is as many as they can.
 
 BODIES is a file with a JSON list of request bodies; each client sends the next one, round and round. A body that holds
 the text `UNIQUE` gets a number of its own in its place each time. The first second is left out.
@@ -15,13 +17,13 @@ import time
 from typing import Any
 
 import gevent
-from locust import FastHttpUser, constant, task
+from locust import FastHttpUser, constant, constant_throughput, task
 from locust.env import Environment
 
 WARM_UP = 1.0
 
 
-def main(url: str, path: str, bodies_file: str, clients: str, seconds: str) -> None:
+def main(url: str, path: str, bodies_file: str, clients: str, seconds: str, rate: str) -> None:
     """Send, and print one JSON line: requests a second, times in milliseconds, failures."""
     with open(bodies_file) as file:
         bodies = itertools.cycle([json.dumps(body) for body in json.load(file)])
@@ -30,7 +32,7 @@ def main(url: str, path: str, bodies_file: str, clients: str, seconds: str) -> N
 
     class Client(FastHttpUser):
         host = url
-        wait_time = constant(0)
+        wait_time = constant_throughput(float(rate) / int(clients)) if float(rate) else constant(0)
         network_timeout = 30.0
         connection_timeout = 30.0
 

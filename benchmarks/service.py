@@ -1,7 +1,9 @@
 """The service under load: requests a second and their times, events a second, memory, beside a plain endpoint.
 
-The load comes from Locust (32 clients without pauses, each on a connection of its own) on loopback, from a process of
-its own on the same machine, so that it takes its share of the cores. The model is a SASRec of 64 dimensions and 50
+The load comes from Locust (32 clients, each on a connection of its own) on loopback, from a process of its own on the
+same machine, so that it takes its share of the cores. Clients ask without pauses, which shows how much can be answered
+(the time of an answer is then 32 over that, whatever the service does), or together at a given rate, which shows how
+long an answer takes at that rate. The model is a SASRec of 64 dimensions and 50
 positions over a planted catalogue: items in groups of 500, whose vectors lie around the group's centre in 16 dimensions
 with some noise in all 64, as trained item tables do; histories mix three groups. It is not trained: what it answers does
 not matter here, only what it costs, and the index, which is built for these vectors and measured with its histories.
@@ -40,6 +42,8 @@ HERE = Path(__file__).resolve().parent
 WORK = HERE / ".work" / "service"
 peers.PEERS["locust"] = ("locust==2.43.0",)
 CLIENTS, USERS, GROUP, SIZE = 32, 20_000, 500, 64
+RATE = 320
+WORKERS = 2
 TARGETS = {
     "requests_per_second": 300,
     "p99_ms": 60,
@@ -143,19 +147,39 @@ def service(run: Path, *, workers: int = 1, **settings: str) -> Iterator[tuple[s
 
 
 @contextlib.contextmanager
-def plain(run: Path) -> Iterator[str]:
-    """The endpoint without batching."""
+def plain(run: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The endpoint without batching, with as many processes; one thread each, which suits it best."""
     port = free_port()
     words = [sys.executable, "-m", "uvicorn", "peer_fastapi:app", "--port", str(port), "--log-level", "warning"]
-    with server(words, port, "/healthz", RUN=str(run)):
-        yield f"http://127.0.0.1:{port}"
+    words += ["--workers", str(WORKERS), "--no-access-log"]
+    with server(words, port, "/healthz", RUN=str(run), OMP_NUM_THREADS="1") as process:
+        yield f"http://127.0.0.1:{port}", process
 
 
-def load(url: str, path: str, bodies: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def load(url: str, path: str, bodies: list[dict[str, Any]], seconds: float, rate: float = 0) -> dict[str, Any]:
     """What Locust measured."""
     file = WORK / "bodies.json"
     file.write_text(json.dumps(bodies))
-    return run_peer("locust", "peer_locust.py", url, path, file, CLIENTS, seconds)
+    return run_peer("locust", "peer_locust.py", url, path, file, CLIENTS, seconds, rate)
+
+
+def under_load(url: str, bodies: list[dict[str, Any]], seconds: float, process: Any) -> dict[str, Any]:
+    """As many requests as it answers, what each costs the processor, and the times at the rate that is wanted."""
+    before = processor_seconds(process)
+    found = load(url, "/v1/recommend", bodies, seconds)
+    spent = processor_seconds(process) - before
+    sent = found["requests"] * (1 + 1 / seconds)  # the first second is not counted
+    return {
+        "without_pauses": found,
+        "processor_ms_a_request": round(1_000 * spent / max(sent, 1), 2),
+        f"at_{RATE}_a_second": load(url, "/v1/recommend", bodies, seconds, RATE),
+    }
+
+
+def processor_seconds(process: Any) -> float:
+    """Of a process and those it started."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    return sum(each.cpu_times().user + each.cpu_times().system for each in family)
 
 
 # What is measured -----------------------------------------------------------------------------------------------------
@@ -183,33 +207,35 @@ def recommend(seconds: float) -> dict[str, Any]:
     """100,000 items, exactly: the service, the plain endpoint, and the ceiling, in turn."""
     run = planted_run(100_000)
     bodies = questions(run)
-    with service(run) as (url, _):
-        ours = load(url, "/v1/recommend", bodies, seconds)
-    with plain(run) as url:
-        theirs = load(url, "/v1/recommend", bodies, seconds)
+    with service(run, workers=WORKERS) as (url, process):
+        ours = under_load(url, bodies, seconds, process)
+    with plain(run) as (url, process):
+        theirs = under_load(url, bodies, seconds, process)
     top = ceiling(100_000)
+    rates = [each["without_pauses"]["requests_per_second"] for each in (ours, theirs)]
     return {
         "service": ours,
         "plain": theirs,
         "ceiling": top,
-        "times_the_plain": round(ours["requests_per_second"] / max(theirs["requests_per_second"], 1e-9), 2),
-        "share_of_the_ceiling": round(ours["requests_per_second"] / top["queries_per_second"], 3),
+        "times_the_plain": round(rates[0] / max(rates[1], 1e-9), 2),
+        "share_of_the_ceiling": round(rates[0] / top["queries_per_second"], 3),
     }
 
 
 def large(seconds: float) -> dict[str, Any]:
     """1,000,000 items through the index, with its recall; and the ceiling of comparing with all."""
     run = planted_run(1_000_000)
-    with service(run) as (url, _):
-        ours = load(url, "/v1/recommend", questions(run), seconds)
+    with service(run, workers=WORKERS) as (url, process):
+        ours = under_load(url, questions(run), seconds, process)
         with urllib.request.urlopen(f"{url}/v1/card") as answer:
             index = json.load(answer)["card"]["index"]
     top = ceiling(1_000_000)
+    rate = ours["without_pauses"]["requests_per_second"]
     return {
         "service": ours,
         "index": index,
         "ceiling_of_comparing_with_all": top,
-        "times_that_ceiling": round(ours["requests_per_second"] / top["queries_per_second"], 2),
+        "times_that_ceiling": round(rate / top["queries_per_second"], 2),
     }
 
 
@@ -271,12 +297,13 @@ def verdicts(result: dict[str, Any]) -> dict[str, bool]:
     said = {}
     if "recommend" in result:
         ours = result["recommend"]["service"]
-        said["300 requests a second"] = ours["requests_per_second"] >= TARGETS["requests_per_second"]
-        said["p99 under 60 ms"] = ours["p99_ms"] < TARGETS["p99_ms"]
+        most = ours["without_pauses"]["requests_per_second"]
+        said["300 requests a second"] = most >= TARGETS["requests_per_second"]
+        said[f"p99 under 60 ms at {RATE} a second"] = _kept_up(ours, TARGETS["p99_ms"])
     if "large" in result:
-        said["p99 under 100 ms at 1,000,000 items"] = (
-            result["large"]["service"]["p99_ms"] < TARGETS["large_p99_ms"]
-            and result["large"]["index"]["recall"] >= TARGETS["recall"]
+        good = result["large"]["index"]["recall"] >= TARGETS["recall"]
+        said["p99 under 100 ms at 1,000,000 items, recall 0.95"] = good and _kept_up(
+            result["large"]["service"], TARGETS["large_p99_ms"]
         )
     if "events" in result:
         most = max(each["events_per_second"] for each in result["events"].values())
@@ -284,6 +311,12 @@ def verdicts(result: dict[str, Any]) -> dict[str, bool]:
     if "memory" in result:
         said["a worker under 300 MB beyond the model"] = result["memory"]["own_mb"] < TARGETS["memory_mb"]
     return said
+
+
+def _kept_up(ours: dict[str, Any], milliseconds: float) -> bool:
+    """Whether it answered at the rate that was sent, within the time."""
+    paced = ours[f"at_{RATE}_a_second"]
+    return bool(paced["requests_per_second"] >= 0.93 * RATE and paced["p99_ms"] < milliseconds and not paced["failed"])
 
 
 def main() -> None:

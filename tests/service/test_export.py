@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,4 +112,12 @@ def test_what_cannot_be_exported_is_said(folder: Path, tmp_path: Path) -> None:
         export(run, tmp_path / "out", "vectors")
     with pytest.raises(ConfigError, match="no format 'pmml'"):
         export(run, tmp_path / "out", "pmml")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_onnx_one_is_told(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ConfigError, match="needs onnx") as caught:
+        export(trained(folder, "sasrec"), tmp_path / "out", "onnx")
+    assert "vouch[export]" in str(caught.value.hint)
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,13 @@ def test_the_card_measures_the_index(engine: Engine) -> None:
     json.dumps(engine.card())
     about = json.loads(next((engine.run.path / "serving").glob("*/*/index.json")).read_text())
     assert about["recall"] >= 0.95
+
+
+def test_without_faiss_one_is_told(run: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ConfigError, match="needs faiss") as caught:
+        Engine.open(run, index="hnsw")
+    assert "vouch[index]" in str(caught.value.hint)
+    monkeypatch.setattr(indexes, "EXACT_UP_TO", 1_000)
+    with pytest.warns(UserWarning, match="all items are compared"):
+        assert Engine.open(run).index is None
