@@ -66,6 +66,7 @@ JSON = {"Content-Type": "application/json"}
         b'{"user": "' + b"a" * 257 + b'"}', b'{"history": [' + b'"i",' * 1_000 + b'"i"]}', b'{"history": {"0": "i"}}',
         b'{"user": "a", "filters": [{}]}', b'{"user": "a", "filters": [{"attribute": "p", "equals": {"$ne": 1}}]}',
         b'{"user": "a", "filters": [{"attribute": "p", "min": NaN}]}', b'{"user": "a", "user": ["a"]}',
+        b'{"user": "a", "' + b"x" * 5_000 + b'": 1}',
     ],
 )  # fmt: skip
 def test_malformed_bodies_are_refused_with_a_reason(shared: TestClient, body: bytes) -> None:
@@ -92,6 +93,13 @@ def test_events_that_do_not_fit_are_refused_and_nothing_of_their_request_is_stor
     assert answer.status_code == 422
     assert answer.json()["error"]["where"].startswith("body.events.1")
     assert shared.app.state.store.count_events() == 0  # type: ignore[attr-defined]
+
+
+def test_names_that_cannot_be_written_are_told_all_the_same(shared: TestClient) -> None:
+    body = b'{"items": [{"id": "a", "attributes": {"\\ud800": {}}}]}'
+    answer = shared.put("/v1/items", content=body, headers=JSON)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["where"].startswith("body.items.0.attributes")
 
 
 def test_huge_bodies_are_refused(start: Start) -> None:
