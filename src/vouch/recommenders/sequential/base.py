@@ -366,8 +366,7 @@ class SequentialRecommender(Recommender):
         lengths = np.minimum(queries.lengths, self.reads)
         order = np.argsort(lengths, kind="stable")
         device = self.network.item.weight.device
-        interests = () if self.network.interests == 1 else (self.network.interests,)
-        out = torch.zeros(len(queries), *interests, self.item_vectors().shape[1], device=device)
+        out: Tensor | None = None  # made when its shape is known: item vectors may have to be computed
         first = 0
         while first < len(order):
             # The longest of a piece is its last, and the piece is padded to it: take as many as fit.
@@ -378,9 +377,14 @@ class SequentialRecommender(Recommender):
             context = Context(user=torch.from_numpy(queries.user[rows].astype(np.int64)).to(device))
             hidden = self.network(torch.from_numpy(items).to(device), torch.from_numpy(length).to(device), context)
             last = torch.from_numpy(length - 1).to(device).clamp(min=0)
+            if out is None:
+                out = torch.zeros(len(queries), *hidden.shape[2:], device=device)
             out[torch.from_numpy(rows).to(device)] = hidden[torch.arange(len(rows), device=device), last].float()
             first += size
         self.network.train(was_training)
+        if out is None:
+            interests = () if self.network.interests == 1 else (self.network.interests,)
+            return torch.zeros(0, *interests, self.item_vectors().shape[1], device=device)
         return out
 
     @property
