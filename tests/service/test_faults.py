@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from small_server import PlainEngine, free_port, wait_until
 
-from vouch.service.storage import Store
+from vouch.service.storage import Store, Unavailable
 
 Start = Callable[..., TestClient]
 HOSTILE = [
@@ -173,6 +173,22 @@ def test_the_database_goes_and_comes_back(start: Start, runs: Path) -> None:
     items = ok(client.post("/v1/users/history", json={"user": "u"}))["items"]
     assert [each["item"] for each in items] == ["i3", "i4"]
     wait_until(lambda: "vouch_database_up 1.0" in client.get("/metrics").text)
+
+
+def test_a_database_that_is_slow_to_fail_is_waited_for_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, asked = start(PlainEngine, poll_seconds=0.5), []
+
+    def fail(users: list[str]) -> Any:
+        asked.append(users)
+        time.sleep(0.2)
+        raise Unavailable("gone")
+
+    monkeypatch.setattr(client.app.state.store, "past", fail)  # type: ignore[attr-defined]
+    for _ in range(5):
+        assert "database" in ok(client.post("/v1/recommend", json={"user": "known"}))["notes"][0]
+    assert len(asked) == 1
+    monkeypatch.undo()
+    wait_until(lambda: ok(client.post("/v1/recommend", json={"user": "known", "k": 1}))["notes"] == [])
 
 
 def test_a_key_seen_lately_is_good_while_the_database_is_gone(start: Start, runs: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -84,6 +85,7 @@ class Serving:
         self.base = config.run.resolve()
         self._changing = threading.Lock()
         self._refused: str | None = None
+        self._database_rests_until = 0.0
         self.served = self._first()
         self._batcher: Batcher[schemas.RecommendRequest, Done | VouchError] = Batcher(
             self._answer_all, name="vouch-model", most=config.max_batch, waiting=config.max_waiting
@@ -164,7 +166,7 @@ class Serving:
         hidden: dict[str, list[str]] = {}
         if users:
             try:
-                events, hidden = self.store.past(users)
+                events, hidden = self._stored(users)
             except Unavailable:
                 complete = False
         pasts = []
@@ -177,6 +179,18 @@ class Serving:
                 history = served.engine.history(user) + events.get(user, [])
             pasts.append(Past(history, hidden.get(user, []) if user else [], complete or user is None))
         return pasts
+
+    def _stored(self, users: list[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """Events and dislikes. A database that was gone is not asked again at once: each try might take seconds, and
+        everyone would wait for it.
+        """
+        if time.monotonic() < self._database_rests_until:
+            raise Unavailable("the database cannot be reached")
+        try:
+            return self.store.past(users)
+        except Unavailable:
+            self._database_rests_until = time.monotonic() + self.config.poll_seconds
+            raise
 
     def _with_reasons(self, request: schemas.RecommendRequest, done: Done) -> schemas.RecommendAnswer:
         listed = done.answer.recommendations
