@@ -98,7 +98,7 @@ def test_a_network_that_cannot_be_written_is_told_in_a_line(folder: Path, tmp_pa
             raise RuntimeError("the export failed\nfor a reason") from cause
 
     monkeypatch.setattr(torch.onnx, "export", fails)
-    with pytest.raises(ConfigError, match="SASRec cannot be written as ONNX: .*no operator") as caught:
+    with pytest.raises(ConfigError, match=r"SASRec cannot be written as ONNX: .*no operator") as caught:
         export(trained(folder, "sasrec"), tmp_path / "out", "onnx")
     assert "\n" not in caught.value.what and "\x1b[" not in caught.value.what
     assert "vectors" in str(caught.value.hint)

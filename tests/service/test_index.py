@@ -128,14 +128,16 @@ def test_it_is_built_once_and_kept_with_the_model(run: Path, tmp_path: Path, mon
     assert built == ["ivf"]
     questions = [Question(None, first.history(f"u{u}"), 10) for u in range(20)]
     assert items(first.recommend(questions)) == items(again.recommend(questions))
-    # a damaged one is built again
+    # a damaged one is built again, and what a killed process left is swept away
+    (left,) = (each / ".ivf.0123abcd.tmp" for each in (path / "serving").iterdir() if each.is_dir())
+    left.mkdir()
     (file,) = (path / "serving").glob("*/ivf/index.faiss")
     file.write_bytes(file.read_bytes()[:-1_000])
     Engine.open(path, index="ivf")
     (about,) = (path / "serving").glob("*/ivf/index.json")
     about.write_text("{")
     Engine.open(path, index="ivf")
-    assert built == ["ivf"] * 3
+    assert built == ["ivf"] * 3 and not left.exists()
     # and another model in the same folder gets its own, in place of the old
     model = Engine.open(path, mmap=False).model
     model.popularity = model.popularity + 1  # type: ignore[operator]

@@ -130,6 +130,8 @@ def open_index(
         if found is not None:
             return found
         made = build(scoring, log, chosen)
+        for left in folder.parent.glob(f".{chosen}.*.tmp"):  # by a process that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
         try:
             with atomic_directory(folder) as aside:
                 faiss.write_index(made.searched, str(aside / "index.faiss"))
