@@ -48,6 +48,7 @@ def demo(
             because = f"  [dim]because of {escape(item.reason)}[/dim]" if item.reason else ""
             print_to.print(f"  -> {escape(item.title)}{because}")
     print_to.print(f"\nThe report, with plots and pictures: {result.report}")
+    print_to.print(f"next: vouch serve {result.run}")
 
 
 def compare(

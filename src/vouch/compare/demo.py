@@ -15,8 +15,10 @@ from vouch.compare.compare import Comparison, compare
 from vouch.compare.report import Person, Shown, write_report
 from vouch.data import Queries
 from vouch.data.world import World, WorldConfig, build
+from vouch.evaluation import evaluate
 from vouch.recommenders.base import Recommender
 from vouch.recommenders.reasons import why
+from vouch.recommenders.runs import begin_run, finish_run
 from vouch.registry import method
 from vouch.training import Run
 
@@ -30,12 +32,13 @@ BUDGET = {
 
 @dataclass(frozen=True, eq=False)
 class Demo:
-    """What the demo made: the world, the comparison, the people shown, and where the report lies."""
+    """What the demo made: the world, the comparison, the people shown, where the report lies, and the best as a run."""
 
     world: World
     comparison: Comparison
     people: list[Person]
     report: Path
+    run: Path
 
 
 def demo(
@@ -47,7 +50,7 @@ def demo(
     command: str = "vouch demo",
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Demo:
-    """Run the whole job on the embedded world and write `report.html` into `out`.
+    """Run the whole job on the embedded world; write `report.html` and the best as the run `best` into `out`.
 
     Raises:
         StorageError: `out` cannot be written.
@@ -67,10 +70,14 @@ def demo(
     best = next(row for row in comparison.rows if row["status"] == "ok")
     kind = method(best["method"])
     model = kind(kind.Config(**best["config"]))
-    model.fit(comparison.plan.open(), Run(seed=0))
+    made = comparison.plan.open()
+    begin_run(out / "best", made.dataset, "world", keep_data=True)
+    trained = model.fit(made, Run(seed=0))
+    metrics = evaluate(model, made.valid, metrics=["NDCG@10", "HR@10", "MRR"], train=made.train).metrics
+    finish_run(out / "best", model, made, trained, source="world", seed=0, metrics=metrics)
     people = show_people(world, model, three_users(world))
     report = write_report(comparison, out / "report.html", people=people)
-    return Demo(world, comparison, people, report)
+    return Demo(world, comparison, people, report, out / "best")
 
 
 def three_users(world: World) -> list[int]:
