@@ -2,7 +2,8 @@
 
     peer_locust.py URL PATH BODIES CLIENTS SECONDS RATE
 
-RATE is how many requests a second all clients send together at most; 0 is as many as they can.
+RATE is how many requests a second all clients send together, at moments that do not depend on one another (a Poisson
+process, but that a client waits for its answer); 0 is as many as they can.
 
 BODIES is a file with a JSON list of request bodies; each client sends the next one, round and round. A body that holds
 the text `UNIQUE` gets a number of its own in its place each time. The first second is left out.
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import sys
 import time
 from typing import Any
 
 import gevent
-from locust import FastHttpUser, constant, constant_throughput, task
+from locust import FastHttpUser, task
 from locust.env import Environment
 
 WARM_UP = 1.0
@@ -32,9 +34,18 @@ def main(url: str, path: str, bodies_file: str, clients: str, seconds: str, rate
 
     class Client(FastHttpUser):
         host = url
-        wait_time = constant_throughput(float(rate) / int(clients)) if float(rate) else constant(0)
         network_timeout = 30.0
         connection_timeout = 30.0
+
+        def on_start(self) -> None:
+            self.due = time.monotonic()
+            gevent.sleep(self.wait_time())
+
+        def wait_time(self) -> float:
+            if not float(rate):
+                return 0.0
+            self.due += random.expovariate(float(rate) / int(clients))
+            return max(0.0, self.due - time.monotonic())
 
         @task
         def ask(self) -> None:
