@@ -100,7 +100,7 @@ def _stand(found: Any, own: list[LedgerEntry]) -> Stand:
     return Stand(
         variant=found.variant,
         statement=found.statement,
-        reported=found.reported,
+        reported=found.reported.removeprefix("paper: "),
         command=f"vouch claims run {found.slug} --variant {found.variant} --scale {scale}",
         entry=ran[-1] if ran else None,
         earlier=tuple(reversed(ran[:-1])),
