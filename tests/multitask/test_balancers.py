@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from vouch.errors import ConfigError, TrainingError, UnknownIdError
@@ -389,6 +390,76 @@ def test_a_table_used_by_sparse_and_dense_operations():
     (again[rows].square().sum() + (again @ torch.ones(4)).square().sum()).backward()
     if not balancer.report.conflicts.any():
         torch.testing.assert_close(table.weight.grad, again.grad)
+
+
+class Tables(nn.Module):
+    """Three tasks over a large table that is looked up in one way or another."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.table = nn.Embedding(
+            90, 4, padding_idx=2 if how == "padding" else None, scale_grad_by_freq=how == "frequency"
+        )
+        self.body, self.heads = nn.Linear(12, 5), nn.ModuleList(nn.Linear(5, 1) for _ in range(3))
+        if how == "hook":
+            self.table.weight.register_hook(lambda g: 2 * g)
+
+    def losses(self, rows):
+        if self.how == "checkpoint":
+            e = torch.utils.checkpoint.checkpoint(lambda r: 1.0 * self.table(r), rows, use_reentrant=False)
+        else:
+            e = self.table(rows)
+        if self.how == "twice":
+            e = e + nn.functional.embedding(rows.flip(0), self.table.weight, padding_idx=0)
+        if self.how == "tied":
+            e = e + (e.flatten(1) @ self.table.weight[:12]).mean()
+        h = torch.tanh(self.body(e.flatten(1)))
+        found = [(10.0**k) * (head(h) - k).square().mean() for k, head in enumerate(self.heads)]
+        if self.how == "one task":
+            h = torch.tanh(self.body(torch.ones(1, 12)))
+            found = [(head(h) - k).square().mean() for k, head in enumerate(self.heads)]
+            found[1] = found[1] + e.square().mean()
+        return found
+
+
+@pytest.mark.parametrize("how", ["plain", "padding", "twice", "tied", "frequency", "hook", "checkpoint", "one task"])
+@pytest.mark.parametrize("slug", ["gradcraft", "pcgrad", "mgda"])
+def test_only_the_rows_of_a_large_table_that_a_step_looks_up_are_compared(slug, how, monkeypatch):
+    """Against whole gradients by plain backward passes; rows come once, often, as padding, or all in one."""
+    import vouch.multitask.bytask as module
+
+    seen = []
+    inner = module.gram
+    monkeypatch.setattr(module, "gram", lambda rows: (seen.append([g.shape for g in rows[0]]), inner(rows))[1])
+    model = Tables(how)
+    balancer = make(slug, model.named_parameters(), tasks=3)
+    shared = list(model.body.parameters()) + ([] if how == "one task" else [model.table.weight])
+    for rows in (torch.randint(0, 9, (5, 3)), torch.full((4, 3), 2), torch.randint(0, 90, (40, 3))):
+        G = []
+        for k in range(3):
+            model.zero_grad()
+            model.losses(rows)[k].backward()
+            G.append(flat(shared))
+        model.zero_grad()
+        model.table.weight.grad = torch.ones(90, 4) if len(rows) == 4 else None
+        balancer.backward(model.losses(rows))
+        before = np.ones(360) if len(rows) == 4 else 0.0
+        expected = (balancer.report.coefficients @ np.stack(G)).sum(0)
+        np.testing.assert_allclose(balancer.report.gram, np.stack(G) @ np.stack(G).T, rtol=1e-4, atol=1e-6)
+        tolerance = {"rtol": 1e-4, "atol": 1e-5 * np.abs(expected).max()}
+        np.testing.assert_allclose(flat(model.body.parameters()), expected[: 12 * 5 + 5], **tolerance)
+        found = flat([model.table.weight])
+        if how == "one task":
+            again = Tables(how)
+            again.losses(rows)[1].backward()
+            np.testing.assert_allclose(found - before, flat([again.table.weight]), rtol=1e-5, atol=1e-6)
+        else:
+            np.testing.assert_allclose(found - before, expected[12 * 5 + 5 :], **tolerance)
+    whole = how in ("tied", "frequency", "hook")
+    assert any((90, 4) in shapes for shapes in seen[:3]) == whole  # the last batch has too many rows to spare any
+    assert how == "one task" or any((90, 4) in shapes for shapes in seen[3:])
 
 
 class Recurrent(nn.Module):

@@ -8,7 +8,8 @@ gradients of T backward passes nothing as long as a gradient is made but the mer
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import isfinite
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -18,13 +19,15 @@ from torch import Tensor
 
 from vouch.errors import ConfigError, TrainingError
 from vouch.multitask.balancers import Array, Balancer, numbers
-from vouch.multitask.gradients import of_each
+from vouch.multitask.gradients import Lookup, lookups, of_each
 from vouch.multitask.report import Report
 
 Gradients = Sequence[Sequence[Tensor | None]]
 """For each task its gradients by parameter, None where it has no part in one."""
-BLOCK = {"cpu": 1 << 17}
-"""Values taken to float64 at a time: on a CPU what stays in a core's cache; elsewhere 2^24."""
+BLOCK = {"cpu": 1 << 18}
+"""Values taken to float64 at a time: on a CPU what stays near the core; elsewhere 2^24."""
+SMALL = 1 << 14
+"""Values up to which gradients are put together to be looked at."""
 
 
 def gram(gradients: Gradients) -> Tensor:
@@ -38,36 +41,43 @@ def gram(gradients: Gradients) -> Tensor:
         return torch.zeros(size, size, dtype=torch.float64)
     device = "cpu" if first.device.type == "mps" else first.device  # which has no float64
     found = torch.zeros(size, size, dtype=torch.float64, device=device)
-    width = max(1, BLOCK.get(first.device.type, 1 << 24) // size)
-    pack: list[list[Tensor]] = []
-    packed = 0
+    every = sum(next((g.numel() for g in each if g is not None), 0) for each in zip(*gradients, strict=True))
+    width = min(max(1, BLOCK.get(first.device.type, 1 << 24) // size), every)
+    room = torch.empty(size, width, dtype=torch.float64, device=device)
+    for filled, pieces in _blocks(gradients, width):
+        rows = room[:, :filled]
+        sizes = [piece.numel() for piece in pieces[0]]
+        torch._foreach_copy_([x for row in rows.unbind() for x in row.split(sizes)], [x for row in pieces for x in row])
+        if rows.is_cpu:  # a few long rows: products of a matrix and a vector take half the time
+            for k in range(size):
+                found[k, k:].addmv_(rows[k:], rows[k])
+        else:
+            found.addmm_(rows, rows.T)
+    return found.triu() + found.triu(1).T
 
-    def add(rows: Tensor) -> None:
-        rows = rows.to(found)
-        found.addmm_(rows, rows.T)
 
-    def flush() -> None:
-        if pack:
-            add(torch.stack([torch.cat(parts) for parts in zip(*pack, strict=True)]))
-            pack.clear()
-
+def _blocks(gradients: Gradients, width: int) -> Iterator[tuple[int, list[list[Tensor]]]]:
+    """All gradients in blocks of `width` values (the last one of fewer): by task the vectors that make up its row."""
+    pieces: list[list[Tensor]] = [[] for _ in gradients]
+    filled = 0
     for each in zip(*gradients, strict=True):
         some = next((g for g in each if g is not None), None)
         if some is None:
             continue
         nothing = torch.zeros_like(some).flatten() if any(g is None for g in each) else some
         flat = [nothing if g is None else g.flatten() for g in each]
-        if some.numel() > width:
-            for begin in range(0, some.numel(), width):
-                add(torch.stack([g[begin : begin + width] for g in flat]))
-            continue
-        if packed + some.numel() > width:
-            flush()
-            packed = 0
-        pack.append(flat)
-        packed += some.numel()
-    flush()
-    return (found + found.T) / 2
+        begin, size = 0, some.numel()
+        while begin < size:
+            end = min(size, begin + width - filled)
+            for row, g in zip(pieces, flat, strict=True):
+                row.append(g if end - begin == size else g[begin:end])
+            filled += end - begin
+            begin = end
+            if filled == width:
+                yield filled, pieces
+                pieces, filled = [[] for _ in gradients], 0
+    if filled:
+        yield filled, pieces
 
 
 def merge(gradients: Gradients, factors: Sequence[float]) -> list[Tensor | None]:
@@ -99,15 +109,15 @@ def lengths(K: Array) -> tuple[Array, NDArray[np.bool_]]:
 
 
 class Gathered(NamedTuple):
-    """The gradients of one step. `gradients` holds, at sparse parameters, only the rows that `touched` lists."""
+    """The gradients of one step. At sparse parameters, and at tables, they are those of the rows that these list."""
 
     K: Array
     gradients: list[list[Tensor | None]]
     shared: list[int]
-    own: list[tuple[int, int]]
-    """(task, parameter) of the gradients of parameters that are not shared, and the largest value of each:"""
-    largest: list[float]
+    own: dict[int, int]
+    """By parameter that is not shared the task whose gradient it gets; those of all others are zeros."""
     touched: dict[int, Tensor]
+    looked: dict[int, Lookup]
 
 
 class GradientBalancer(Balancer):
@@ -115,6 +125,7 @@ class GradientBalancer(Balancer):
 
     Gradients of embeddings made with `sparse=True` stay sparse: only the rows that the batch touches are kept and
     compared, instead of a table a task. Their optimizer must take sparse gradients (`SparseAdam`, `Adagrad`, `SGD`).
+    Of other large embeddings only the merged gradient is made as large as the table.
     """
 
     needs_losses: ClassVar[bool] = False
@@ -124,6 +135,8 @@ class GradientBalancer(Balancer):
     ) -> None:
         super().__init__(parameters, *args, **settings)
         self.reach: list[set[str]] = [set() for _ in self.trained]
+        self.tables: bool | None = None
+        """Whether there are tables of which a step looks up few rows; None before the first steps."""
 
     @abstractmethod
     def coefficients(self, K: Array, losses: Array, places: list[int]) -> Array:
@@ -161,33 +174,70 @@ class GradientBalancer(Balancer):
             ConfigError: a parameter that was not given as shared is.
         """
         tasks = list(losses)
-        gradients = of_each(list(losses.values()), self.trained, keep=keep)
+        gradients, looked = self._gradients(list(losses.values()), keep)
         touched = _only_touched(gradients)
         while True:
             shared = self._shared()
             known = set(shared)
-            own = [
-                (k, at)
-                for k, row in enumerate(gradients)
-                for at, g in enumerate(row)
-                if g is not None and at not in known and g.numel()
+            by: dict[int, list[int]] = {}  # tasks with a gradient of a parameter that is not shared
+            for k, row in enumerate(gradients):
+                for at, g in enumerate(row):
+                    if g is not None and at not in known and g.numel():
+                        by.setdefault(at, []).append(k)
+            own = {at: found[0] for at, found in by.items()}
+            unsure = [
+                (at, k) for at, found in by.items() if [*self.reach[at]] != [tasks[k] for k in found] for k in found
             ]
+            sure = by.keys() - {at for at, _ in unsure}  # as in the steps before
             found = gram([[row[at] for at in shared] for row in gradients])
-            K, largest = _read(found, [g for k, at in own if (g := gradients[k][at]) is not None])
-            for task, length in zip(tasks, K.diagonal(), strict=True):
-                _check(task, float(length))
-            for (k, at), value in zip(own, largest, strict=True):
+            K, largest, doubtful = _read(
+                found,
+                [g for at, k in unsure if (g := gradients[k][at]) is not None],
+                [g for at in sure if (g := gradients[own[at]][at]) is not None],
+            )
+            for task, length in zip(tasks, K.diagonal().tolist(), strict=True):
+                _check(task, length)
+            if doubtful:
+                for at in sorted(sure):
+                    g = gradients[own[at]][at]
+                    assert g is not None
+                    _check(tasks[own[at]], float(g.abs().max()), self.names[at])
+            most: dict[int, float] = {}
+            for (at, k), value in zip(unsure, largest, strict=True):
                 _check(tasks[k], value, self.names[at])
                 if value > 0:
                     self.reach[at].add(tasks[k])
+                if value > most.get(at, -1):
+                    own[at], most[at] = k, value
             if self.fixed is not None:
-                for at in {at for _, at in own}:
+                for at in own:
                     if len(self.reach[at]) > 1:
                         raise ConfigError(
                             f"{self.names[at]} is reached by {', '.join(sorted(self.reach[at]))}, but is not in `shared`"
                         )
             if self._shared() == shared:
-                return Gathered(K, gradients, shared, own, largest, touched)
+                return Gathered(K, gradients, shared, own, touched, looked)
+
+    def _gradients(self, losses: list[Tensor], keep: bool) -> tuple[list[list[Tensor | None]], dict[int, Lookup]]:
+        """By task and parameter; at tables those of the rows that were looked up."""
+        looked = {} if self.tables is False else lookups(losses, self.trained)
+        if looked:
+            self.tables = True
+        elif self.tables is None and self.steps > 1:
+            self.tables = False  # from now on the graph need not be walked
+        if not looked:
+            return of_each(losses, self.trained, keep=keep), {}
+        plain = [p for at, p in enumerate(self.trained) if at not in looked]
+        edges = [edge for lookup in looked.values() for edge in lookup.edges]
+        gradients = []
+        for found in of_each(losses, [*plain, *edges], keep=keep):
+            rest, begin = iter(found), len(plain)
+            row = [None if at in looked else next(rest) for at in range(len(self.trained))]
+            for at, lookup in looked.items():
+                row[at] = lookup.fold(found[begin : begin + len(lookup.edges)])
+                begin += len(lookup.edges)
+            gradients.append(row)
+        return gradients, looked
 
     def _shared(self) -> list[int]:
         if self.fixed is not None:
@@ -195,7 +245,7 @@ class GradientBalancer(Balancer):
         return [at for at, tasks in enumerate(self.reach) if len(tasks) > 1]
 
     def _backward(self, losses: dict[str, Tensor]) -> None:
-        K, gradients, shared, own, largest, touched = self.gather(losses)
+        K, gradients, shared, own, touched, looked = self.gather(losses)
         size, values = len(losses), numbers(losses)
         matrix = np.eye(1) if size == 1 else _matrix(self.coefficients(K, values, self._places(losses)))
         weights = matrix.sum(0)
@@ -203,19 +253,16 @@ class GradientBalancer(Balancer):
         merged = merge([[row[at] for at in shared] for row in gradients], (factor * weights).tolist())
         for at, g in zip(shared, merged, strict=True):
             if g is not None:
-                _accumulate(self.trained[at], g, touched.get(at))
-        one: dict[int, tuple[float, Tensor]] = {}  # all others are zeros
-        for (k, at), value in zip(own, largest, strict=True):
-            g = gradients[k][at]
-            if g is not None and (at not in one or value > one[at][0]):
-                one[at] = (value, g)
+                _accumulate(self.trained[at], g, touched.get(at), looked.get(at))
         seen: set[int] = set()
-        for at, (_, g) in one.items():
+        for at, k in own.items():
+            g = gradients[k][at]
+            assert g is not None
             # autograd may give two parameters the same memory, or one a view
-            mine = g.is_contiguous() and g._base is None and g.data_ptr() not in seen
+            mine = g._base is None and g.is_contiguous() and g.data_ptr() not in seen
             seen.add(g.data_ptr())
             g = g * factor if factor != 1 else g if mine else g.clone(memory_format=torch.contiguous_format)
-            _accumulate(self.trained[at], g, touched.get(at))
+            _accumulate(self.trained[at], g, touched.get(at), looked.get(at))
         self.report = Report(list(losses), values, weights, K, matrix)
 
     def _state(self) -> dict[str, Any]:
@@ -242,16 +289,20 @@ def _matrix(A: Array) -> Array:
 
 
 def _check(task: str, value: float, name: str | None = None) -> None:
-    if not np.isfinite(value):
+    if not isfinite(value):
         where = "" if name is None else f" of {name}"
         raise TrainingError(f"the gradient{where} of {task!r} is not a finite number", hint="lower the learning rate")
 
 
-def _read(K: Tensor, others: list[Tensor]) -> tuple[Array, list[float]]:
-    """`K`, and the largest absolute value of each of the others, in one look at the device."""
-    sizes = torch._foreach_norm(others, float("inf")) if others else ()
-    every = torch.cat([K.flatten(), *(x.to(K).reshape(1) for x in sizes)]).cpu().numpy()
-    return every[: K.numel()].reshape(K.shape), every[K.numel() :].tolist()
+def _read(K: Tensor, each: list[Tensor], together: list[Tensor]) -> tuple[Array, list[float], bool]:
+    """`K`, the largest absolute value of each, and whether the others may not be finite, in one look at the device."""
+    sizes = list(torch._foreach_norm(each, float("inf"))) if each else []
+    small = [g.flatten() for g in together if g.numel() <= SMALL]  # an operation costs more than its values
+    sizes += [g.sum() for g in together if g.numel() > SMALL]
+    sizes += [torch.cat(small).sum()] if small else []
+    every = (torch.cat([K.flatten(), torch.stack([x.to(K) for x in sizes])]) if sizes else K.flatten()).cpu().numpy()
+    found = every[K.numel() :].tolist()
+    return every[: K.numel()].reshape(K.shape), found[: len(each)], not all(map(isfinite, found[len(each) :]))
 
 
 def _only_touched(gradients: list[list[Tensor | None]]) -> dict[int, Tensor]:
@@ -280,7 +331,12 @@ def _only_touched(gradients: list[list[Tensor | None]]) -> dict[int, Tensor]:
     return touched
 
 
-def _accumulate(parameter: Tensor, gradient: Tensor, touched: Tensor | None) -> None:
+def _accumulate(parameter: Tensor, gradient: Tensor, touched: Tensor | None, looked: Lookup | None) -> None:
+    if looked is not None:
+        if parameter.grad is not None and not parameter.grad.is_sparse:
+            parameter.grad.index_add_(0, looked.rows, gradient)
+            return
+        gradient = torch.zeros_like(parameter).index_add_(0, looked.rows, gradient)
     if touched is not None:
         gradient = torch.sparse_coo_tensor(
             touched, gradient, parameter.shape, is_coalesced=True, check_invariants=False

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from vouch.errors import ConfigError, TrainingError
 
@@ -29,26 +32,97 @@ def named(losses: Losses) -> dict[str, Tensor]:
         if loss.ndim:
             raise ConfigError(f"the loss of {task!r} has the shape {tuple(loss.shape)}", hint="give its mean or sum")
     # one look at all of them: reading a number waits for the device
-    finite = torch.isfinite(torch.stack([loss.detach().float() for loss in found.values()]))
-    if not bool(finite.all()):
-        task = list(found)[int((~finite).nonzero()[0, 0])]
-        raise TrainingError(f"the loss of {task!r} is not a finite number", hint="lower the learning rate")
+    values = torch.stack([loss.detach().float() for loss in found.values()]).tolist()
+    for task, value in zip(found, values, strict=True):
+        if not isfinite(value):
+            raise TrainingError(f"the loss of {task!r} is not a finite number", hint="lower the learning rate")
     return found
 
 
-def of_each(losses: Sequence[Tensor], parameters: Sequence[Tensor], *, keep: bool = False) -> list[list[Tensor | None]]:
+def of_each(
+    losses: Sequence[Tensor], parameters: Sequence[Tensor | GradientEdge], *, keep: bool = False
+) -> list[list[Tensor | None]]:
     """For each loss its gradients with respect to the parameters, None where a parameter has no part in it.
 
     One forward pass, one backward pass a task over the part of the graph that leads to `parameters`; the graph is
     freed with the last one unless `keep`.
     """
     found: list[list[Tensor | None]] = []
+    inputs = cast(Sequence[Tensor], parameters)  # tensors and edges may be mixed, which its types do not say
     for number, loss in enumerate(losses):
         retain = keep or number < len(losses) - 1
         if not loss.requires_grad:
             found.append([None] * len(parameters))
             continue
-        found.append(list(torch.autograd.grad(loss, parameters, retain_graph=retain, allow_unused=True)))
+        found.append(list(torch.autograd.grad(loss, inputs, retain_graph=retain, allow_unused=True)))
+    return found
+
+
+class Lookup(NamedTuple):
+    """All rows of a table that a forward pass looked up, `L` of them; a row that comes often is kept at its last place."""
+
+    edges: list[GradientEdge]
+    """Where the rows enter the rest of the graph."""
+    rows: Tensor
+    """`(L,)`: which row of the table."""
+    places: list[Tensor]
+    """By edge, where the gradients are kept; L where they are dropped, as those of padding are."""
+    width: int
+
+    def fold(self, gradients: Sequence[Tensor | None]) -> Tensor | None:
+        """Gradients of the rows as they entered the graph, by edge, to `(L, D)`, each of the table's rows at one place."""
+        if all(g is None for g in gradients):
+            return None
+        first = next(g for g in gradients if g is not None)
+        kept = first.new_zeros(len(self.rows) + 1, self.width)
+        for place, g in zip(self.places, gradients, strict=True):
+            if g is not None:
+                kept.index_add_(0, place, g.reshape(len(place), self.width))
+        return kept[:-1]
+
+
+def lookups(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> dict[int, Lookup]:
+    """The tables among the parameters, by number, of which a step needs few rows: gradients as large as they are spared.
+
+    Those that `nn.Embedding` looks rows up in and nothing else uses, with more than twice the rows that are looked up.
+    """
+    leaves = {get_gradient_edge(p).node: at for at, p in enumerate(parameters) if p.ndim == 2 and not p._backward_hooks}
+    users: dict[int, list[Any]] = {}
+    waiting, seen = [loss.grad_fn for loss in losses if loss.grad_fn is not None], set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for child, _ in node.next_functions:
+            if child in leaves:
+                users.setdefault(leaves[child], []).append(node)
+            elif child is not None:
+                waiting.append(child)
+    found: dict[int, Lookup] = {}
+    for at, nodes in users.items():
+        if any(node.name() != "EmbeddingBackward0" or node._saved_sparse for node in nodes):
+            continue
+        if any(node._saved_scale_grad_by_freq for node in nodes):
+            continue
+        parts = [_indices(node).flatten() for node in nodes]
+        rows, (height, width) = torch.cat(parts), parameters[at].shape
+        if 2 * len(rows) >= height:
+            continue
+        # the last place where a row occurs stands for all of them: no sorting, and no look at the device
+        slot = torch.empty(height, dtype=torch.long, device=rows.device)
+        slot.scatter_reduce_(0, rows, torch.arange(len(rows), device=rows.device), "amax", include_self=False)
+        places = []
+        for node, part in zip(nodes, parts, strict=True):
+            place, padding = slot[part], node._saved_padding_idx
+            # where there is no padding it is -1, read as a huge number
+            places.append(place.masked_fill_(part == padding, len(rows)) if 0 <= padding < height else place)
+        found[at] = Lookup([GradientEdge(node, 0) for node in nodes], rows, places, width)
+    return found
+
+
+def _indices(node: Any) -> Tensor:
+    found: Tensor = node._saved_indices
     return found
 
 

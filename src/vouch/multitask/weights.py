@@ -70,7 +70,8 @@ class UncertaintyWeighting(LossBalancer):
 
     def weigh(self, losses: Tensor, places: list[int]) -> tuple[Tensor, Tensor | None]:
         """`exp(-s)`, and half the sum of s."""
-        s = self.log_variances[places].to(losses.device)
+        every = len(places) == len(self.log_variances) and places == sorted(places)
+        s = (self.log_variances if every else self.log_variances[places]).to(losses.device)
         self.seen += 1
         if self.seen == 3 and self.log_variances.requires_grad and not bool(self.log_variances.any()):
             warnings.warn(
