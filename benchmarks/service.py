@@ -2,11 +2,11 @@
 
 The load comes from Locust (32 clients, each on a connection of its own) on loopback, from a process of its own on the
 same machine, so that it takes its share of the cores. Clients ask without pauses, which shows how much can be answered
-(the time of an answer is then 32 over that, whatever the service does), or at random moments at a given rate, which shows how
-long an answer takes at that rate. The model is a SASRec of 64 dimensions and 50
-positions over a planted catalogue: items in groups of 500, whose vectors lie around the group's centre in 16 dimensions
-with some noise in all 64, as trained item tables do; histories mix three groups. It is not trained: what it answers does
-not matter here, only what it costs, and the index, which is built for these vectors and measured with its histories.
+(the time of an answer is then 32 over that, whatever the service does), or at random moments at a given rate, which
+shows how long an answer takes at that rate. The model is a SASRec of 64 dimensions and 50 positions over a planted
+catalogue: items in groups of 500, whose vectors lie around the group's centre in 16 dimensions with some noise in all
+64, as trained item tables do; histories mix three groups. It is not trained: what it answers does not matter here, only
+what it costs, and the index, which is built for these vectors and measured with its histories.
 
     python benchmarks/service.py [--seconds 10] [--only recommend,large,events,memory]
 """
