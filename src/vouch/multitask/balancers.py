@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vouch.config import Config, setting
 from vouch.errors import ConfigError, UnknownIdError, did_you_mean
-from vouch.multitask.gradients import named
+from vouch.multitask.gradients import finite
 from vouch.multitask.report import Report
 
 Array = NDArray[np.float64]
@@ -93,6 +93,8 @@ class Balancer(ABC):
                 )
         self.tasks: list[str] | None = None
         self.steps = self.epochs = 0
+        self.values: Array = np.zeros(0)
+        """Of the losses of the last step, by task that took part."""
         self.report: Report | None = None
         """Of the last step."""
         if tasks is not None:
@@ -126,7 +128,7 @@ class Balancer(ABC):
         else:
             (loss,) = found.values()
             loss.backward()
-            self.report = Report(list(found), numbers(found), np.ones(1))
+            self.report = Report(list(found), self.values, np.ones(1))
 
     def step(self, model: Any, batch: Any, optimizer: torch.optim.Optimizer, fabric: Any) -> dict[str, Tensor]:
         """One step of `vouch.training.fit(..., step=balancer.step)`: each loss of `model.loss(batch)` is a task.
@@ -153,7 +155,7 @@ class Balancer(ABC):
         look = Sum(zip(self.names, self.trained, strict=True))
         look.fixed = self.fixed
         gram = look.gather(found, keep=True).K
-        return Report(list(found), numbers(found), np.ones(len(found)), gram, np.eye(len(found)))
+        return Report(list(found), self.values, np.ones(len(found)), gram, np.eye(len(found)))
 
     def end_epoch(self) -> None:
         """Call after each epoch; balancers that compare epochs (`by_epoch`) need it."""
@@ -234,10 +236,11 @@ class Balancer(ABC):
                     hint=f"the tasks are: {', '.join(self.tasks or ())}; name all of them in the first call or in `tasks`",
                 )
         some = {task: loss for task, loss in given.items() if loss is not None}
-        found = named(some) if some else {}
-        if found and not any(loss.requires_grad for loss in found.values()):
-            raise ConfigError("no loss depends on a parameter", hint="compute the losses with gradients enabled")
-        return found
+        if some:
+            self.values = np.array(finite(some))
+            if not any(loss.requires_grad for loss in some.values()):
+                raise ConfigError("no loss depends on a parameter", hint="compute the losses with gradients enabled")
+        return some
 
     def _places(self, found: Mapping[str, Tensor]) -> list[int]:
         assert self.tasks is not None
@@ -298,10 +301,3 @@ def make(slug: str, parameters: Iterable[Any], **settings: Any) -> Balancer:
     if slug not in known:
         raise UnknownIdError(f"there is no balancer {slug!r}", hint=did_you_mean(slug, known))
     return known[slug](parameters, **settings)
-
-
-def numbers(losses: Mapping[str, Tensor] | Tensor) -> Array:
-    """The values of the losses `(T,)` in float64."""
-    stacked = losses if isinstance(losses, Tensor) else torch.stack([loss.detach() for loss in losses.values()])
-    found: Array = stacked.detach().cpu().double().numpy()
-    return found

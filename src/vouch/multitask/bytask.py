@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vouch.errors import ConfigError, TrainingError
-from vouch.multitask.balancers import Array, Balancer, numbers
+from vouch.multitask.balancers import Array, Balancer
 from vouch.multitask.gradients import Lookup, lookups, of_each
 from vouch.multitask.report import Report
 
@@ -135,8 +135,8 @@ class GradientBalancer(Balancer):
     ) -> None:
         super().__init__(parameters, *args, **settings)
         self.reach: list[set[str]] = [set() for _ in self.trained]
-        self.tables: bool | None = None
-        """Whether there are tables of which a step looks up few rows; None before the first steps."""
+        self.tables = dict(enumerate(self.trained))
+        """What may be a table, that is, what was one in the first steps."""
 
     @abstractmethod
     def coefficients(self, K: Array, losses: Array, places: list[int]) -> Array:
@@ -220,11 +220,10 @@ class GradientBalancer(Balancer):
 
     def _gradients(self, losses: list[Tensor], keep: bool) -> tuple[list[list[Tensor | None]], dict[int, Lookup]]:
         """By task and parameter; at tables those of the rows that were looked up."""
-        looked = {} if self.tables is False else lookups(losses, self.trained)
-        if looked:
-            self.tables = True
-        elif self.tables is None and self.steps > 1:
-            self.tables = False  # from now on the graph need not be walked
+        tables = lookups(losses, self.tables) if self.tables else {}
+        if self.steps == 2:
+            self.tables = {at: self.trained[at] for at in tables}  # without any, the graph need not be walked again
+        looked = {at: found for at, found in tables.items() if found is not None}
         if not looked:
             return of_each(losses, self.trained, keep=keep), {}
         plain = [p for at, p in enumerate(self.trained) if at not in looked]
@@ -246,7 +245,7 @@ class GradientBalancer(Balancer):
 
     def _backward(self, losses: dict[str, Tensor]) -> None:
         K, gradients, shared, own, touched, looked = self.gather(losses)
-        size, values = len(losses), numbers(losses)
+        size, values = len(losses), self.values
         matrix = np.eye(1) if size == 1 else _matrix(self.coefficients(K, values, self._places(losses)))
         weights = matrix.sum(0)
         factor = 1 / size if self.config.reduction == "mean" else 1.0

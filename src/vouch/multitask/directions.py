@@ -158,11 +158,11 @@ def cagrad(K: Array, c: float) -> Array:
 def imtl_g(K: Array) -> Array:
     """Factors `(T,)` of sum 1 with which the merged gradient projects equally on all unit gradients."""
     n, live = lengths(K)
-    inner, n = K[np.ix_(live, live)], n[live]
     found = np.zeros(len(K))
     if live.sum() < 2:
         found[live] = 1
         return found
+    inner, n = K[np.ix_(live, live)], n[live]
     to_units = inner / n  # <g_i, u_j>
     v = to_units[0, 0] - to_units[0, 1:]
     M = v - (to_units[1:, :1] - to_units[1:, 1:])  # <g_1 - g_i, u_1 - u_j>

@@ -28,12 +28,22 @@ def named(losses: Losses) -> dict[str, Tensor]:
     )
     if not found:
         raise ConfigError("there are no losses to balance", hint="give one scalar for each task")
-    for task, loss in found.items():
+    finite(found)
+    return found
+
+
+def finite(losses: Mapping[str, Tensor]) -> list[float]:
+    """The losses as numbers, by one look at the device, which waits for it.
+
+    Raises:
+        ConfigError: one is not a scalar.
+        TrainingError: one is not a finite number; the message names the task.
+    """
+    for task, loss in losses.items():
         if loss.ndim:
             raise ConfigError(f"the loss of {task!r} has the shape {tuple(loss.shape)}", hint="give its mean or sum")
-    # one look at all of them: reading a number waits for the device
-    values = torch.stack([loss.detach().float() for loss in found.values()]).tolist()
-    for task, value in zip(found, values, strict=True):
+    found: list[float] = torch.stack([loss.detach() for loss in losses.values()]).tolist()
+    for task, value in zip(losses, found, strict=True):
         if not isfinite(value):
             raise TrainingError(f"the loss of {task!r} is not a finite number", hint="lower the learning rate")
     return found
@@ -81,12 +91,12 @@ class Lookup(NamedTuple):
         return kept[:-1]
 
 
-def lookups(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> dict[int, Lookup]:
-    """The tables among the parameters, by number, of which a step needs few rows: gradients as large as they are spared.
+def lookups(losses: Sequence[Tensor], parameters: Mapping[int, Tensor]) -> dict[int, Lookup | None]:
+    """The tables among the parameters, which `nn.Embedding` looks rows up in and nothing else uses, and what was looked up.
 
-    Those that `nn.Embedding` looks rows up in and nothing else uses, with more than twice the rows that are looked up.
+    None where that is half of the rows or more: then a gradient as large as the table costs no more.
     """
-    leaves = {get_gradient_edge(p).node: at for at, p in enumerate(parameters) if p.ndim == 2 and not p._backward_hooks}
+    leaves = {get_gradient_edge(p).node: at for at, p in parameters.items() if p.ndim == 2 and not p._backward_hooks}
     users: dict[int, list[Any]] = {}
     waiting, seen = [loss.grad_fn for loss in losses if loss.grad_fn is not None], set()
     while waiting:
@@ -99,7 +109,7 @@ def lookups(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> dict[int,
                 users.setdefault(leaves[child], []).append(node)
             elif child is not None:
                 waiting.append(child)
-    found: dict[int, Lookup] = {}
+    found: dict[int, Lookup | None] = {}
     for at, nodes in users.items():
         if any(node.name() != "EmbeddingBackward0" or node._saved_sparse for node in nodes):
             continue
@@ -108,6 +118,7 @@ def lookups(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> dict[int,
         parts = [_indices(node).flatten() for node in nodes]
         rows, (height, width) = torch.cat(parts), parameters[at].shape
         if 2 * len(rows) >= height:
+            found[at] = None
             continue
         # the last place where a row occurs stands for all of them: no sorting, and no look at the device
         slot = torch.empty(height, dtype=torch.long, device=rows.device)

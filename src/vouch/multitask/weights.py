@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vouch.config import Span, setting
 from vouch.errors import ConfigError
-from vouch.multitask.balancers import Array, Balancer, BalancerConfig, balancer, numbers
+from vouch.multitask.balancers import Array, Balancer, BalancerConfig, balancer
 from vouch.multitask.report import Report
 
 
@@ -34,7 +34,7 @@ class LossBalancer(Balancer):
         weights, more = self.weigh(values, self._places(losses))
         total = (weights * values).sum() if more is None else (weights * values).sum() + more
         (total / len(losses) if self.config.reduction == "mean" else total).backward()
-        self.report = Report(list(losses), numbers(values), weights.detach().cpu().double().numpy())
+        self.report = Report(list(losses), self.values, weights.detach().cpu().double().numpy())
 
 
 @balancer("uniform", "the plain sum of the losses")
@@ -70,7 +70,7 @@ class UncertaintyWeighting(LossBalancer):
 
     def weigh(self, losses: Tensor, places: list[int]) -> tuple[Tensor, Tensor | None]:
         """`exp(-s)`, and half the sum of s."""
-        every = len(places) == len(self.log_variances) and places == sorted(places)
+        every = places == list(range(len(self.log_variances)))  # as in most steps; picking some is slow
         s = (self.log_variances if every else self.log_variances[places]).to(losses.device)
         self.seen += 1
         if self.seen == 3 and self.log_variances.requires_grad and not bool(self.log_variances.any()):
@@ -119,7 +119,10 @@ class DWA(LossBalancer):
         if self.sums.device != losses.device:
             exact = torch.float32 if losses.device.type == "mps" else torch.float64
             self.sums = self.sums.to(losses.device, exact)
-        self.sums[places] += losses.detach().to(self.sums)
+        if places == list(range(len(self.sums))):  # as in most steps; picking some is slow
+            self.sums += losses.detach()
+        else:
+            self.sums[places] += losses.detach().to(self.sums)
         self.counts[places] += 1
         return torch.as_tensor(self.weights[places], dtype=losses.dtype, device=losses.device), None
 
