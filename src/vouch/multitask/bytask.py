@@ -24,7 +24,7 @@ from vouch.multitask.report import Report
 
 Gradients = Sequence[Sequence[Tensor | None]]
 """For each task its gradients by parameter, None where it has no part in one."""
-BLOCK = {"cpu": 1 << 18}
+BLOCK = {"cpu": 1 << 19}
 """Values taken to float64 at a time: on a CPU what stays near the core; elsewhere 2^24."""
 SMALL = 1 << 14
 """Values up to which gradients are put together to be looked at."""

@@ -162,7 +162,7 @@ def imtl_g(K: Array) -> Array:
     if live.sum() < 2:
         found[live] = 1
         return found
-    inner, n = K[np.ix_(live, live)], n[live]
+    inner, n = (K, n) if live.all() else (K[np.ix_(live, live)], n[live])
     to_units = inner / n  # <g_i, u_j>
     v = to_units[0, 0] - to_units[0, 1:]
     M = v - (to_units[1:, :1] - to_units[1:, 1:])  # <g_1 - g_i, u_1 - u_j>

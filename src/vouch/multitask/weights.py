@@ -26,24 +26,29 @@ class LossBalancer(Balancer):
     """Balancers that weigh the losses: one backward pass."""
 
     @abstractmethod
-    def weigh(self, losses: Tensor, places: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Weights `(T,)` of the losses `(T,)` of the tasks at `places`, and what is added to their weighted sum, if anything."""
+    def weigh(self, losses: Tensor, places: list[int]) -> Tensor:
+        """Weights `(T,)` of the losses `(T,)` of the tasks at `places`; neither has a gradient."""
 
     def _backward(self, losses: dict[str, Tensor]) -> None:
-        values = torch.stack(list(losses.values()))
-        weights, more = self.weigh(values, self._places(losses))
-        total = (weights * values).sum() if more is None else (weights * values).sum() + more
-        (total / len(losses) if self.config.reduction == "mean" else total).backward()
-        self.report = Report(list(losses), self.values, weights.detach().cpu().double().numpy())
+        stacked, places = torch.stack(list(losses.values())), self._places(losses)
+        with torch.no_grad():
+            weights = self.weigh(stacked.detach(), places)
+        factor = 1 / len(losses) if self.config.reduction == "mean" else 1.0
+        stacked.backward((weights if factor == 1 else weights * factor).to(stacked))
+        self._learn(weights, stacked.detach(), places, factor)
+        self.report = Report(list(losses), self.values, np.array(weights.tolist()))
+
+    def _learn(self, weights: Tensor, losses: Tensor, places: list[int], factor: float) -> None:
+        """Give what is learned its gradient."""
 
 
 @balancer("uniform", "the plain sum of the losses")
 class Uniform(LossBalancer):
     """All weights 1."""
 
-    def weigh(self, losses: Tensor, places: list[int]) -> tuple[Tensor, Tensor | None]:
+    def weigh(self, losses: Tensor, places: list[int]) -> Tensor:
         """Ones."""
-        return torch.ones_like(losses), None
+        return torch.ones_like(losses)
 
 
 @balancer("uw", "weights learned with the model as variances of the tasks (uncertainty weighting)")
@@ -68,10 +73,8 @@ class UncertaintyWeighting(LossBalancer):
             )
         return [self.log_variances]
 
-    def weigh(self, losses: Tensor, places: list[int]) -> tuple[Tensor, Tensor | None]:
-        """`exp(-s)`, and half the sum of s."""
-        every = places == list(range(len(self.log_variances)))  # as in most steps; picking some is slow
-        s = (self.log_variances if every else self.log_variances[places]).to(losses.device)
+    def weigh(self, losses: Tensor, places: list[int]) -> Tensor:
+        """`exp(-s)`."""
         self.seen += 1
         if self.seen == 3 and self.log_variances.requires_grad and not bool(self.log_variances.any()):
             warnings.warn(
@@ -79,7 +82,22 @@ class UncertaintyWeighting(LossBalancer):
                 "balancer.parameters() too",
                 stacklevel=5,
             )
-        return torch.exp(-s), s.sum() / 2
+        s = self.log_variances.detach()
+        # picking some takes longer, and most often it is all
+        return torch.exp(-(s if places == list(range(len(s))) else s[places])).to(losses.device)
+
+    def _learn(self, weights: Tensor, losses: Tensor, places: list[int], factor: float) -> None:
+        """`1/2 - exp(-s_k) L_k`."""
+        s = self.log_variances
+        if not s.requires_grad:
+            return
+        slope = torch.rsub(weights * losses, 0.5 * factor, alpha=factor).to(s)
+        if len(places) < len(s) or places != list(range(len(s))):
+            slope = torch.zeros_like(s).index_copy_(0, torch.tensor(places, device=s.device), slope)
+        if s.grad is None:
+            s.grad = slope
+        else:
+            s.grad.add_(slope)
 
     def _start(self, size: int) -> None:
         self.log_variances = nn.Parameter(torch.zeros(size, device=self.trained[0].device))
@@ -114,17 +132,17 @@ class DWA(LossBalancer):
     weights: Array
     means: list[Array]  # of the last two epochs
 
-    def weigh(self, losses: Tensor, places: list[int]) -> tuple[Tensor, Tensor | None]:
+    def weigh(self, losses: Tensor, places: list[int]) -> Tensor:
         """The weights of this epoch."""
         if self.sums.device != losses.device:
             exact = torch.float32 if losses.device.type == "mps" else torch.float64
             self.sums = self.sums.to(losses.device, exact)
         if places == list(range(len(self.sums))):  # as in most steps; picking some is slow
-            self.sums += losses.detach()
+            self.sums += losses
         else:
-            self.sums[places] += losses.detach().to(self.sums)
+            self.sums[places] += losses.to(self.sums)
         self.counts[places] += 1
-        return torch.as_tensor(self.weights[places], dtype=losses.dtype, device=losses.device), None
+        return torch.as_tensor(self.weights[places], dtype=losses.dtype, device=losses.device)
 
     def _end_epoch(self) -> None:
         """Set the weights of the next epoch from the mean losses of the last two."""
