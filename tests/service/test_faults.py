@@ -476,8 +476,10 @@ def test_slow_clients_are_bounded(server: Server) -> None:
         for client in clients:
             with contextlib.suppress(OSError):
                 client.send(b"POST /v1/events HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ")
-        # The server holds no more than it may, and soon those that send nothing are gone: others are served.
-        assert sum(1 for each in resident.net_connections("tcp") if each.status == "ESTABLISHED") <= 201
+        # The server holds no more than it may, and soon those that send nothing are gone: others are served. Several
+        # looks within a moment, too short for any to be cut off: one may catch a connection that is being refused.
+        looks = [resident.net_connections("tcp") for _ in range(5)]
+        assert min(sum(each.status == "ESTABLISHED" for each in look) for look in looks) <= 201
         wait_until(lambda: server.status("GET", "/healthz") == 200, 30)
         assert resident.memory_info().rss - before < 60 << 20
     finally:
