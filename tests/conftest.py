@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,10 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # tests run in parallel processes
+
+# Tests that kill a process start it from the fork server, which has no threads (a fork of a process that has some can hang)
+# and has these loaded already.
+multiprocessing.set_forkserver_preload(["vouch.training", "vouch.service.server", "vouch.service.storage"])
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,7 @@ def application() -> Any:
 
 
 def run(environment: dict[str, str], log: Path) -> None:
-    """Serve in this process, which was forked for it."""
+    """Serve in this process, which was started for it."""
     os.environ.update(environment)
     sys.stdout = sys.stderr = open(log, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (until the end)
     server._config = None

@@ -313,7 +313,7 @@ class Server:
                 "MAX_CONNECTIONS": 200, "HEADER_SECONDS": 1.0, "IDLE_SECONDS": 2, "DRAIN_SECONDS": 5, "MAX_BODY": 100_000,
             }  # fmt: skip
             environment = {f"VOUCH_SERVICE_{name}": str(value) for name, value in given.items()}
-            context = multiprocessing.get_context("fork")  # the modules are loaded already
+            context = multiprocessing.get_context("forkserver")
             self.process = context.Process(
                 target=small_server.run, args=(environment, self.folder / "log"), daemon=True
             )

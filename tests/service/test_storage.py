@@ -247,7 +247,7 @@ def test_the_migrations_make_the_tables_of_the_models(store: Store) -> None:
 
 
 def test_processes_that_migrate_at_once_all_succeed(url: str) -> None:
-    context = multiprocessing.get_context("fork")  # the modules are loaded already
+    context = multiprocessing.get_context("forkserver")
     processes = [context.Process(target=open_and_close, args=(url,)) for _ in range(4)]
     for process in processes:
         process.start()

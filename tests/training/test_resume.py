@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import toy
 
 from vouch.errors import ConfigError, StorageError
@@ -27,11 +28,17 @@ def whole() -> tuple[toy.Toy, Any]:
 
 
 def in_a_child(target: Any, *args: Any) -> int | None:
-    """Run in a forked process; its exit code."""
-    child = multiprocessing.get_context("fork").Process(target=target, args=args)
+    """Run in a process of its own; its exit code."""
+    child = multiprocessing.get_context("forkserver").Process(target=_in_the_child, args=(target, *args))
     child.start()
     child.join(60)
     return child.exitcode
+
+
+def _in_the_child(target: Any, *args: Any) -> None:
+    torch.set_num_threads(1)  # as here: the result shall agree bit for bit
+    loop.SAVING_SHARE = float("inf")
+    target(*args)
 
 
 def _die_while_saving(path: Path, moment: int) -> None:
