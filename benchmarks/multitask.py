@@ -16,7 +16,7 @@ from typing import Any
 
 from peers import HERE, run_peer, write_result
 
-ROUNDS = 40
+ROUNDS = 100
 
 
 def main() -> None:

@@ -92,6 +92,8 @@ class Balancer(ABC):
                     hint="give all trained parameters, and in `shared` some of them",
                 )
         self.tasks: list[str] | None = None
+        self.known: dict[str, int] = {}
+        """Their places."""
         self.steps = self.epochs = 0
         self.values: Array = np.zeros(0)
         """Of the losses of the last step, by task that took part."""
@@ -114,7 +116,7 @@ class Balancer(ABC):
             ConfigError: there are no losses, one is of an unknown task or not a scalar, none depends on a parameter.
             TrainingError: a loss or a gradient is not a finite number; names the task.
         """
-        found = self._present(losses)
+        found, stacked = self._present(losses)
         if not found:
             return
         self.steps += 1
@@ -124,7 +126,7 @@ class Balancer(ABC):
             warnings.warn(f"{LONG:,} steps and no end of an epoch: call balancer.end_epoch()", stacklevel=2)
         assert self.tasks is not None
         if len(self.tasks) > 1:
-            self._backward(found)
+            self._backward(found, stacked)
         else:
             (loss,) = found.values()
             loss.backward()
@@ -149,7 +151,7 @@ class Balancer(ABC):
         """The tasks' gradients as they are, without a step: for any balancer, at one backward pass a task. Keeps the graph."""
         from vouch.multitask.bytask import Sum
 
-        found = self._present(losses)
+        found, _ = self._present(losses)
         if not found:
             raise ConfigError("no task has a loss", hint="measure a batch with labels")
         look = Sum(zip(self.names, self.trained, strict=True))
@@ -189,8 +191,11 @@ class Balancer(ABC):
             raise ConfigError(f"the state of the balancer is damaged: {error}") from error
 
     @abstractmethod
-    def _backward(self, losses: dict[str, Tensor]) -> None:
-        """Set gradients and report; every loss is a finite scalar, and there are two tasks or more."""
+    def _backward(self, losses: dict[str, Tensor], stacked: Tensor) -> None:
+        """Set gradients and report; every loss is a finite scalar, and there are two tasks or more.
+
+        `stacked (T,)` holds the losses again, in a graph that ends in it.
+        """
 
     def _start(self, size: int) -> None:  # noqa: B027
         """Make room for the state of `size` tasks."""
@@ -209,11 +214,11 @@ class Balancer(ABC):
             raise ConfigError(f"tasks is {tasks!r}", hint="give the names of the tasks, or how many there are")
         if len(tasks) == 1:
             warnings.warn(f"there is one task, {tasks[0]!r}: nothing to balance, its gradient is used", stacklevel=4)
-        self.tasks = tasks
+        self.tasks, self.known = tasks, {task: place for place, task in enumerate(tasks)}
         self._start(len(tasks))
 
-    def _present(self, losses: MaybeLosses) -> dict[str, Tensor]:
-        """The losses of the tasks that have any, by name."""
+    def _present(self, losses: MaybeLosses) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses of the tasks that have any, by name and stacked."""
         if isinstance(losses, Mapping):
             given = dict(losses)
         else:
@@ -229,22 +234,22 @@ class Balancer(ABC):
             if not given:
                 raise ConfigError("there are no losses to balance", hint="give one scalar for each task")
             self._begin(list(given))
-        for task in given:
-            if task not in (self.tasks or ()):
-                raise ConfigError(
-                    f"there is no task {task!r}",
-                    hint=f"the tasks are: {', '.join(self.tasks or ())}; name all of them in the first call or in `tasks`",
-                )
+        if not given.keys() <= self.known.keys():
+            raise ConfigError(
+                f"there is no task {next(task for task in given if task not in self.known)!r}",
+                hint=f"the tasks are: {', '.join(self.tasks or ())}; name all of them in the first call or in `tasks`",
+            )
         some = {task: loss for task, loss in given.items() if loss is not None}
-        if some:
-            self.values = np.array(finite(some))
-            if not any(loss.requires_grad for loss in some.values()):
-                raise ConfigError("no loss depends on a parameter", hint="compute the losses with gradients enabled")
-        return some
+        if not some:
+            return {}, torch.zeros(0)
+        stacked, values = finite(some)
+        self.values = np.array(values)
+        if not stacked.requires_grad:
+            raise ConfigError("no loss depends on a parameter", hint="compute the losses with gradients enabled")
+        return some, stacked
 
     def _places(self, found: Mapping[str, Tensor]) -> list[int]:
-        assert self.tasks is not None
-        return [self.tasks.index(task) for task in found]
+        return [self.known[task] for task in found]
 
     def _look(self, losses: Sequence[Tensor]) -> None:
         """Warn of parameters in the graph that were not given: they would silently stay as they are."""

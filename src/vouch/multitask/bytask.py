@@ -25,25 +25,25 @@ from vouch.multitask.report import Report
 Gradients = Sequence[Sequence[Tensor | None]]
 """For each task its gradients by parameter, None where it has no part in one."""
 BLOCK = {"cpu": 1 << 19}
-"""Values taken to float64 at a time: on a CPU what stays near the core; elsewhere 2^24."""
+"""Values taken to float64 at a time: on a CPU what stays near the core; elsewhere 2^22."""
 SMALL = 1 << 14
 """Values up to which gradients are put together to be looked at."""
 
 
-def gram(gradients: Gradients) -> Tensor:
+def gram(gradients: Gradients, room: Tensor | None = None) -> Tensor:
     """Inner products `(T, T)` of the tasks' gradients over all parameters, in float64.
 
-    In float32 half the digits would be lost exactly where tasks nearly oppose each other.
+    In float32 half the digits would be lost exactly where tasks nearly oppose each other. `room` is that of the last
+    step (`room_for`): memory that is new to the process takes longer to get than the products take.
     """
     size = len(gradients)
     first = next((g for row in gradients for g in row if g is not None), None)
     if first is None:
         return torch.zeros(size, size, dtype=torch.float64)
-    device = "cpu" if first.device.type == "mps" else first.device  # which has no float64
-    found = torch.zeros(size, size, dtype=torch.float64, device=device)
-    every = sum(next((g.numel() for g in each if g is not None), 0) for each in zip(*gradients, strict=True))
-    width = min(max(1, BLOCK.get(first.device.type, 1 << 24) // size), every)
-    room = torch.empty(size, width, dtype=torch.float64, device=device)
+    room = room_for(first) if room is None else room
+    found = torch.zeros(size, size, dtype=torch.float64, device=room.device)
+    width = max(1, len(room) // size)
+    room = room[: size * width].view(size, width)
     for filled, pieces in _blocks(gradients, width):
         rows = room[:, :filled]
         sizes = [piece.numel() for piece in pieces[0]]
@@ -54,6 +54,12 @@ def gram(gradients: Gradients) -> Tensor:
         else:
             found.addmm_(rows, rows.T)
     return found.triu() + found.triu(1).T
+
+
+def room_for(gradient: Tensor) -> Tensor:
+    """Memory in which `gram` works, for gradients on the device of this one."""
+    device = "cpu" if gradient.device.type == "mps" else gradient.device  # which has no float64
+    return torch.empty(BLOCK.get(gradient.device.type, 1 << 22), dtype=torch.float64, device=device)
 
 
 def _blocks(gradients: Gradients, width: int) -> Iterator[tuple[int, list[list[Tensor]]]]:
@@ -137,6 +143,7 @@ class GradientBalancer(Balancer):
         self.reach: list[set[str]] = [set() for _ in self.trained]
         self.tables = dict(enumerate(self.trained))
         """What may be a table, that is, what was one in the first steps."""
+        self.room: Tensor | None = None
 
     @abstractmethod
     def coefficients(self, K: Array, losses: Array, places: list[int]) -> Array:
@@ -156,7 +163,7 @@ class GradientBalancer(Balancer):
         assert self.tasks is not None
         if len(gradients) != len(self.tasks):
             raise ConfigError(f"{len(gradients)} gradients for {len(self.tasks)} tasks")
-        K = gram(gradients).cpu().numpy()
+        K = self._gram(gradients).cpu().numpy()
         for task, length in zip(self.tasks, K.diagonal(), strict=True):
             _check(task, float(length))
         size = len(K)
@@ -189,7 +196,7 @@ class GradientBalancer(Balancer):
                 (at, k) for at, found in by.items() if [*self.reach[at]] != [tasks[k] for k in found] for k in found
             ]
             sure = by.keys() - {at for at, _ in unsure}  # as in the steps before
-            found = gram([[row[at] for at in shared] for row in gradients])
+            found = self._gram([[row[at] for at in shared] for row in gradients])
             K, largest, doubtful = _read(
                 found,
                 [g for at, k in unsure if (g := gradients[k][at]) is not None],
@@ -218,6 +225,11 @@ class GradientBalancer(Balancer):
             if self._shared() == shared:
                 return Gathered(K, gradients, shared, own, touched, looked)
 
+    def _gram(self, gradients: Gradients) -> Tensor:
+        if self.room is None:
+            self.room = room_for(self.trained[0])
+        return gram(gradients, self.room)
+
     def _gradients(self, losses: list[Tensor], keep: bool) -> tuple[list[list[Tensor | None]], dict[int, Lookup]]:
         """By task and parameter; at tables those of the rows that were looked up."""
         tables = lookups(losses, self.tables) if self.tables else {}
@@ -243,7 +255,7 @@ class GradientBalancer(Balancer):
             return [at for at, yes in enumerate(self.fixed) if yes]
         return [at for at, tasks in enumerate(self.reach) if len(tasks) > 1]
 
-    def _backward(self, losses: dict[str, Tensor]) -> None:
+    def _backward(self, losses: dict[str, Tensor], stacked: Tensor) -> None:
         K, gradients, shared, own, touched, looked = self.gather(losses)
         size, values = len(losses), self.values
         matrix = np.eye(1) if size == 1 else _matrix(self.coefficients(K, values, self._places(losses)))

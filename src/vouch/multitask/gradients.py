@@ -32,21 +32,22 @@ def named(losses: Losses) -> dict[str, Tensor]:
     return found
 
 
-def finite(losses: Mapping[str, Tensor]) -> list[float]:
-    """The losses as numbers, by one look at the device, which waits for it.
+def finite(losses: Mapping[str, Tensor]) -> tuple[Tensor, list[float]]:
+    """The losses stacked `(T,)`, with their graph, and as numbers, by one look at the device, which waits for it.
 
     Raises:
         ConfigError: one is not a scalar.
         TrainingError: one is not a finite number; the message names the task.
     """
-    for task, loss in losses.items():
-        if loss.ndim:
-            raise ConfigError(f"the loss of {task!r} has the shape {tuple(loss.shape)}", hint="give its mean or sum")
-    found: list[float] = torch.stack([loss.detach() for loss in losses.values()]).tolist()
-    for task, value in zip(losses, found, strict=True):
-        if not isfinite(value):
-            raise TrainingError(f"the loss of {task!r} is not a finite number", hint="lower the learning rate")
-    return found
+    stacked = torch.stack(list(losses.values())) if len({loss.shape for loss in losses.values()}) == 1 else None
+    if stacked is None or stacked.ndim > 1:
+        task, shape = next((task, tuple(loss.shape)) for task, loss in losses.items() if loss.ndim)
+        raise ConfigError(f"the loss of {task!r} has the shape {shape}", hint="give its mean or sum")
+    found: list[float] = stacked.tolist()
+    if not all(map(isfinite, found)):
+        task = next(task for task, value in zip(losses, found, strict=True) if not isfinite(value))
+        raise TrainingError(f"the loss of {task!r} is not a finite number", hint="lower the learning rate")
+    return stacked, found
 
 
 def of_each(

@@ -26,29 +26,29 @@ class LossBalancer(Balancer):
     """Balancers that weigh the losses: one backward pass."""
 
     @abstractmethod
-    def weigh(self, losses: Tensor, places: list[int]) -> Tensor:
-        """Weights `(T,)` of the losses `(T,)` of the tasks at `places`; neither has a gradient."""
+    def weigh(self, losses: Array, places: list[int]) -> Array:
+        """Weights `(T,)` of the losses `(T,)` of the tasks at `places`."""
 
-    def _backward(self, losses: dict[str, Tensor]) -> None:
-        stacked, places = torch.stack(list(losses.values())), self._places(losses)
-        with torch.no_grad():
-            weights = self.weigh(stacked.detach(), places)
-        factor = 1 / len(losses) if self.config.reduction == "mean" else 1.0
-        stacked.backward((weights if factor == 1 else weights * factor).to(stacked))
-        self._learn(weights, stacked.detach(), places, factor)
-        self.report = Report(list(losses), self.values, np.array(weights.tolist()))
+    def _backward(self, losses: dict[str, Tensor], stacked: Tensor) -> None:
+        # a few numbers that were read already: numpy takes a fraction of the time that tensors would
+        values, places = self.values, self._places(losses)
+        weights = self.weigh(values, places)
+        factor = 1 / len(values) if self.config.reduction == "mean" else 1.0
+        stacked.backward(torch.as_tensor(factor * weights, dtype=stacked.dtype, device=stacked.device))
+        self._learn(factor * weights, values, places, factor)
+        self.report = Report(list(losses), values, weights)
 
-    def _learn(self, weights: Tensor, losses: Tensor, places: list[int], factor: float) -> None:
-        """Give what is learned its gradient."""
+    def _learn(self, weights: Array, losses: Array, places: list[int], factor: float) -> None:
+        """Give what is learned its gradient; the weights have the factor on all losses in them."""
 
 
 @balancer("uniform", "the plain sum of the losses")
-class Uniform(LossBalancer):
+class Uniform(Balancer):
     """All weights 1."""
 
-    def weigh(self, losses: Tensor, places: list[int]) -> Tensor:
-        """Ones."""
-        return torch.ones_like(losses)
+    def _backward(self, losses: dict[str, Tensor], stacked: Tensor) -> None:
+        (stacked.sum() if self.config.reduction == "sum" else stacked.mean()).backward()
+        self.report = Report(list(losses), self.values, np.ones(len(losses)))
 
 
 @balancer("uw", "weights learned with the model as variances of the tasks (uncertainty weighting)")
@@ -73,31 +73,27 @@ class UncertaintyWeighting(LossBalancer):
             )
         return [self.log_variances]
 
-    def weigh(self, losses: Tensor, places: list[int]) -> Tensor:
+    def weigh(self, losses: Array, places: list[int]) -> Array:
         """`exp(-s)`."""
+        s = np.array(self.log_variances.tolist())
         self.seen += 1
-        if self.seen == 3 and self.log_variances.requires_grad and not bool(self.log_variances.any()):
+        if self.seen == 3 and self.log_variances.requires_grad and not s.any():
             warnings.warn(
                 "the weights of uncertainty weighting have not moved in two steps: give the optimizer "
                 "balancer.parameters() too",
                 stacklevel=5,
             )
-        s = self.log_variances.detach()
-        # picking some takes longer, and most often it is all
-        return torch.exp(-(s if places == list(range(len(s))) else s[places])).to(losses.device)
+        return np.exp(-s[places])
 
-    def _learn(self, weights: Tensor, losses: Tensor, places: list[int], factor: float) -> None:
+    def _learn(self, weights: Array, losses: Array, places: list[int], factor: float) -> None:
         """`1/2 - exp(-s_k) L_k`."""
         s = self.log_variances
         if not s.requires_grad:
             return
-        slope = torch.rsub(weights * losses, 0.5 * factor, alpha=factor).to(s)
-        if len(places) < len(s) or places != list(range(len(s))):
-            slope = torch.zeros_like(s).index_copy_(0, torch.tensor(places, device=s.device), slope)
-        if s.grad is None:
-            s.grad = slope
-        else:
-            s.grad.add_(slope)
+        slope = np.zeros(len(s))
+        slope[places] = 0.5 * factor - weights * losses
+        gradient = torch.as_tensor(slope, dtype=s.dtype, device=s.device)
+        s.grad = gradient if s.grad is None else s.grad.add_(gradient)
 
     def _start(self, size: int) -> None:
         self.log_variances = nn.Parameter(torch.zeros(size, device=self.trained[0].device))
@@ -127,28 +123,22 @@ class DWA(LossBalancer):
 
     Config = DWAConfig
     by_epoch = True
-    sums: Tensor  # of this epoch, kept on the device: reading a number would wait for it
+    sums: Array  # of this epoch
     counts: Array
     weights: Array
     means: list[Array]  # of the last two epochs
 
-    def weigh(self, losses: Tensor, places: list[int]) -> Tensor:
+    def weigh(self, losses: Array, places: list[int]) -> Array:
         """The weights of this epoch."""
-        if self.sums.device != losses.device:
-            exact = torch.float32 if losses.device.type == "mps" else torch.float64
-            self.sums = self.sums.to(losses.device, exact)
-        if places == list(range(len(self.sums))):  # as in most steps; picking some is slow
-            self.sums += losses
-        else:
-            self.sums[places] += losses.to(self.sums)
+        self.sums[places] += losses
         self.counts[places] += 1
-        return torch.as_tensor(self.weights[places], dtype=losses.dtype, device=losses.device)
+        return self.weights[places]
 
     def _end_epoch(self) -> None:
         """Set the weights of the next epoch from the mean losses of the last two."""
         with np.errstate(invalid="ignore"):
-            self.means = [*self.means[-1:], self.sums.cpu().double().numpy() / self.counts]
-        self.sums.zero_()
+            self.means = [*self.means[-1:], self.sums / self.counts]
+        self.sums[:] = 0
         self.counts[:] = 0
         if len(self.means) == 2:
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -158,8 +148,7 @@ class DWA(LossBalancer):
             self.weights = len(powers) * powers / powers.sum()
 
     def _start(self, size: int) -> None:
-        self.sums = torch.zeros(size, dtype=torch.float64)
-        self.counts, self.weights = np.zeros(size), np.ones(size)
+        self.sums, self.counts, self.weights = np.zeros(size), np.zeros(size), np.ones(size)
         self.means = []
 
     def _state(self) -> dict[str, Any]:
@@ -177,4 +166,4 @@ class DWA(LossBalancer):
         if self.tasks is not None:
             self.means = [np.array([np.nan if x is None else x for x in row]) for row in state["means"]]
             self.weights, self.counts = np.array(state["weights"]), np.array(state["counts"])
-            self.sums = torch.tensor(state["sums"], dtype=torch.float64)
+            self.sums = np.array(state["sums"])
