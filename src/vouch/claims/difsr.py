@@ -143,7 +143,7 @@ class Categories(_Chosen):
     reported = "the paper's argument: attributes stand in for interactions; at least twice at 5 events an item"
 
     def prepare(self, dataset: Dataset, scale: Scale, seed: int) -> Split:
-        """1,000 items of 20 categories, 5 events each. Who knows the next category is right in the first 20 once in five times."""
+        """1,000 items of 20 categories, 5 events each; to know the next category finds the item in one case of five."""
         del dataset
         return split(synthetic.category_chain(seed, users=200 if scale == "smoke" else 625))
 
