@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test check docs bench clean
+.PHONY: help venv demo test check audit docs bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,7 +25,7 @@ demo: venv  ## train, compare and explain on the embedded world; writes demo/rep
 	@$(BIN)/vouch demo --out demo
 
 test: check  ## lint, types, layers, docs, then every test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -rs
 
 check: venv  ## lint, types, layers and docs, without the tests
 	@$(BIN)/ruff check --quiet .
@@ -35,6 +35,9 @@ check: venv  ## lint, types, layers and docs, without the tests
 	@rm -f .lint.tmp
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
 	@echo "ruff, mypy, import layers and docs: clean"
+
+audit: venv  ## look for known vulnerabilities in the pinned packages, where advisories are at hand
+	@$(BIN)/python tools/audit.py
 
 docs: venv  ## build the manual into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
