@@ -59,7 +59,7 @@ class SettingRow:
 class Config(BaseModel):
     """Base of every method's settings. Unknown names and bad values raise `ConfigError`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
         try:

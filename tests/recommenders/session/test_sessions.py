@@ -114,22 +114,46 @@ def test_the_readout_by_loops(pool: Any, norm: Any, power: float) -> None:
         assert torch.allclose(got[e], want, atol=1e-4)
 
 
-def readout(**settings: Any) -> tuple[AttenMixer, torch.Tensor, torch.Tensor, torch.Tensor]:
+def readout(*, clicks: int = 5, **settings: Any) -> tuple[AttenMixer, torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     made = AttenMixer(6, **{"levels": 3, "num_heads": 2, "power": 4.0, "dropout": 0.0, **settings})
-    h = torch.randn(2, 1, 5, 6)
-    levels = made.levels
-    back = torch.arange(5).unsqueeze(1) - torch.arange(levels)
+    h = torch.randn(2, 1, clicks, 6)
+    back = torch.arange(clicks).unsqueeze(1) - torch.arange(made.levels)
     last = h[:, 0, back.clamp(min=0)] * (back >= 0).unsqueeze(-1)
-    return made, h, last, torch.ones(5, 5, dtype=torch.bool).tril()
+    return made, h, last, torch.ones(clicks, clicks, dtype=torch.bool).tril()
 
 
-def test_powers_run_from_the_sum_to_the_maximum() -> None:
-    p = torch.rand(3, 5).softmax(-1)
-    pooled = {power: p.pow(power).sum(0).pow(1 / power) for power in (1.0, 64.0)}
-    assert torch.allclose(pooled[1.0], p.sum(0)) and torch.allclose(pooled[64.0], p.amax(0), rtol=0.02)
-    one = {power: readout(levels=1, power=power) for power in (1.0, 4.0, 9.0)}
-    weights = [made.weights(h, last, seen) for made, h, last, seen in one.values()]
+def level_shares(made: AttenMixer, h: torch.Tensor, last: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Each level's own attention `(B, E, H, L, T)`, before the levels are mixed."""
+    q = made.query(made.queries(last)).unflatten(-1, (made.num_heads, -1))  # (B, E, L, H, d)
+    k = made.key(h).unflatten(-1, (made.num_heads, -1)).squeeze(1)  # (B, T, H, d)
+    a = 2 * torch.sigmoid(torch.einsum("belhd,bthd->behlt", q, k))
+    return torch.softmax(a.masked_fill(~seen[:, None, None], -torch.inf), -1)
+
+
+@pytest.mark.parametrize("power", [1.0, 64.0, 1000.0])
+def test_powers_run_from_the_sum_to_the_maximum(power: float) -> None:
+    made, h, last, seen = readout(power=power, clicks=40)
+    p = level_shares(made, h, last, seen)
+    r = p.sum(3) if power == 1 else p.amax(3)
+    want = torch.softmax((2 * r).masked_fill(~seen[:, None], -torch.inf), -1)
+    # the norm of three equal levels is 3 ** (1 / p) times the largest
+    assert torch.allclose(made.weights(h, last, seen), want, rtol=1e-5 if power == 1 else 2 * (3 ** (1 / power) - 1))
+    if power > 1:
+        mixed = torch.softmax((2 * p.sum(3)).masked_fill(~seen[:, None], -torch.inf), -1)
+        assert not torch.allclose(mixed[:, 3:5], want[:, 3:5], rtol=1e-2)  # the two ends are not alike
+
+
+def test_gradients_stay_finite_at_every_power() -> None:
+    for power in (1.0, 4.0, 64.0):
+        made, h, last, seen = readout(power=power, clicks=40)
+        h.requires_grad_()
+        (gradient,) = torch.autograd.grad(made(h, last, seen).square().sum(), h)
+        assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
+
+
+def test_one_level_is_the_same_at_every_power() -> None:
+    weights = [made.weights(*rest) for made, *rest in (readout(levels=1, power=power) for power in (1.0, 4.0, 64.0))]
     assert torch.allclose(weights[0], weights[1], atol=1e-6) and torch.allclose(weights[0], weights[2], atol=1e-6)
 
 
@@ -143,24 +167,24 @@ def test_one_click_gets_all_the_attention() -> None:
 
 @pytest.mark.parametrize("pool", ["concat", "sum"])
 def test_the_order_within_a_level_matters_only_if_joined(pool: Any) -> None:
-    made, _, last, _ = readout(level_pool=pool)
-    turned = last[:, :, [0, 2, 1]]
-    one, other = made.queries(last), made.queries(turned)
-    raw = [made.level[2](x.flatten(2) if pool == "concat" else x.sum(2)) for x in (last, turned)]
-    assert torch.allclose(raw[0], raw[1], atol=1e-6) == (pool == "sum")
-    assert one.shape == other.shape == (2, 5, 3, 6)
+    made, _, last, _ = readout(level_pool=pool, query_norm="feature")  # a norm over levels would mix them
+    one, other = made.queries(last), made.queries(last[:, :, [0, 2, 1]])  # all but the last click change places
+    same = [torch.allclose(one[:, :, level], other[:, :, level], atol=1e-6) for level in range(3)]
+    assert same == [True, False, pool == "sum"]  # the second level holds another click
 
 
-def test_short_sessions_have_finite_outputs_and_gradients() -> None:
-    made = AttenMixer(6, levels=5, num_heads=2, power=4.0, dropout=0.0)
+@pytest.mark.parametrize("norm", ["level", "feature"])
+def test_short_sessions_have_finite_outputs_and_gradients(norm: Any) -> None:
+    made = AttenMixer(6, levels=5, num_heads=2, power=4.0, dropout=0.0, query_norm=norm)
     with torch.no_grad():
         for linear in made.level:
             linear.bias.zero_()
-    h = torch.randn(1, 1, 1, 6, requires_grad=True)
-    last = torch.cat([h[:, 0].unsqueeze(2), torch.zeros(1, 1, 4, 6)], 2)
-    out = made(h, last, torch.ones(1, 1, dtype=torch.bool))
-    (gradient,) = torch.autograd.grad(out.sum(), h)
-    assert torch.isfinite(out).all() and torch.isfinite(gradient).all()
+    seen = torch.ones(1, 1, dtype=torch.bool)
+    for click in (torch.randn(6), torch.zeros(6)):  # a hidden item is a zero vector, whose queries have length 0
+        h = click.view(1, 1, 1, 6).requires_grad_()
+        out = made(h, torch.cat([h, torch.zeros(1, 1, 4, 6)], 2), seen)
+        gradients = torch.autograd.grad(out.sum(), [h, *made.level.parameters()])
+        assert torch.isfinite(out).all() and all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
 def test_soft_attention_by_hand() -> None:
@@ -173,6 +197,15 @@ def test_soft_attention_by_hand() -> None:
             (made.weight.weight[0] @ torch.sigmoid(made.last(h[e]) + made.item(h[j]))) * h[j] for j in range(e + 1)
         )
         assert torch.allclose(got[e], made.out(torch.cat([h[e], mixed])), atol=1e-5)
+
+
+def test_all_parameters_start_uniform(made: Split) -> None:
+    for slug in ("attenmixer", "srgnn"):
+        network = registry.method(slug)(**{**SMALL, "hidden_size": 64}).encoder(500, {})
+        assert (network.item.weight[0] == 0).all()
+        for parameter in network.parameters():
+            values = parameter[1:] if parameter is network.item.weight else parameter
+            assert values.abs().max() <= 1 / 8 and values.std() > 0.05
 
 
 def test_heads_must_divide_the_size() -> None:
@@ -335,12 +368,17 @@ def test_rank_metrics_equal_an_independent_count(made: Split) -> None:
 
 
 def test_sessions_come_oldest_first_on_request(made: Split) -> None:
-    model = AttenMixerRecommender(**SMALL, order="time")
-    model.begin(made)
-    batches = model.batches(made.train)
-    assert isinstance(batches, ByTime)
-    users = torch.cat([batch.user for batch in batches.epoch(np.random.default_rng(0), 0, 1)])
-    assert users.tolist() == sorted(users.tolist())
+    log = made.dataset.interactions
+    begun = np.random.default_rng(1).permutation(log.n_users)  # not the order that they are stored in
+    timed = Interactions.from_codes(log.users, log.items, log.user, log.item, columns={"time": begun[log.user]})
+    for given in (log, timed):
+        model = AttenMixerRecommender(**SMALL, order="time")
+        model.prepare(given)
+        batches = model.batches(given)
+        assert isinstance(batches, ByTime)
+        users = torch.cat([batch.user for batch in batches.epoch(np.random.default_rng(0), 0, 1)]).numpy()
+        assert set(users.tolist()) == set(np.flatnonzero(log.lengths > 1).tolist())
+        assert (np.diff(users if given is log else begun[users]) > 0).all()  # without times: as they are stored
 
 
 def test_the_rate_falls_every_three_epochs_and_the_penalty_is_in_the_gradient(made: Split) -> None:

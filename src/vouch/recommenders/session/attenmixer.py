@@ -6,7 +6,8 @@ also serves graph networks: `vouch train srgnn --set readout=attenmixer`.
 What differs from the released code: padding has no weight anywhere; heads are split by features alone (the released
 split mixes positions into them, so that a key would hold later items, and depends on the longest session of a batch);
 all prefixes of a session are trained in one pass, exactly as they would be apart; sessions come shuffled unless
-`order=time`. The session vector has length `scale`, item vectors have length 1: products are the scaled cosines.
+`order=time`. The loss is the softmax over all items up to 5,000 of them, above that over sampled ones (`loss=ce` is the
+paper's at any size). The session vector has length `scale`, item vectors have length 1: products are the scaled cosines.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from torch import Tensor
 
 from vouch.recommenders.session.base import SessionConfig, SessionEncoder, SessionRecommender
 from vouch.registry import Card, register
+
+
+class AttenMixerConfig(SessionConfig):
+    """Settings of Atten-Mixer."""
 
 
 class AttenMixerEncoder(SessionEncoder):
@@ -38,7 +43,7 @@ class AttenMixerEncoder(SessionEncoder):
 class AttenMixerRecommender(SessionRecommender):
     """Multi-level attention over a session."""
 
-    Config = SessionConfig
+    Config = AttenMixerConfig
 
     def encoder(self, n_items: int, facts: dict[str, Tensor]) -> AttenMixerEncoder:
         """A new encoder."""

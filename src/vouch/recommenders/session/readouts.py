@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from vouch.errors import ConfigError
 from vouch.nn.dropout import Dropout
 
-SMALLEST = 1e-30
-"""Floor under sums whose root is taken."""
+UNSEEN = -1e4
+"""Stands for no weight among logarithms that go on to other functions, whose gradients an infinity would spoil."""
 
 
 class AttenMixer(nn.Module):
@@ -77,8 +77,9 @@ class AttenMixer(nn.Module):
         k = self.key(h).unflatten(-1, (self.num_heads, -1)).permute(0, 1, 3, 4, 2)  # (B, 1|E, H, d, T)
         seen = seen_ET[:, None, None, :]
         a = torch.sigmoid((q @ k).float())
-        p = torch.softmax((2 * a).masked_fill(~seen, -torch.inf), -1)  # (B, E, H, L, T)
-        r = p.pow(self.power).sum(3).clamp(min=SMALLEST).pow(1 / self.power)
+        log_p = torch.log_softmax((2 * a).masked_fill(~seen, UNSEEN), -1)  # (B, E, H, L, T)
+        # the norm over the levels, in logarithms: powers of small shares would be 0
+        r = (torch.logsumexp(self.power * log_p, 3) / self.power).exp()
         return torch.softmax((2 * r).masked_fill(~seen[:, :, 0], -torch.inf), -1)
 
     def forward(self, h: Tensor, last_BELD: Tensor, seen_ET: Tensor) -> Tensor:
