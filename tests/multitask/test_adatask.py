@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_the_scale_of_a_loss_does_nothing_to_the_shared_part(factor):
     def adam(model):
         return AdaTaskAdam(model.parameters(), 2, lr=0.01, eps=1e-12, accumulators="shared")
 
-    # one step only for the heads' sake: they do change the body's gradients, so they are frozen
+    # heads follow the scale and change the body's gradients, so they are frozen
     def frozen():
         model = Body().double()
         for p in model.heads.parameters():
@@ -96,7 +97,6 @@ def test_the_scale_of_a_loss_does_nothing_to_the_shared_part(factor):
     def go(optimizer_of, scale):
         model = frozen()
         optimizer = optimizer_of(model)
-        optimizer._mark({id(p) for p in model.body.parameters()})
         for x, y in batches(20):
             losses = model.losses(x.double(), y.double())
             optimizer.step([losses[0] * scale, losses[1]])
@@ -122,6 +122,28 @@ def test_equal_gradients_move_the_shared_part_t_times_as_far():
         moved = q.detach() - before
         q.data.copy_(before + 3 * moved)
     assert torch.allclose(p, q, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_several_tasks_are_several_plain_optimizers_whose_steps_add_up(kind):
+    """On gradients that differ: each task's account is that of a plain optimizer that sees this task alone."""
+    generator = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.randn(4, 3, generator=generator, dtype=torch.float64))
+    copies = [nn.Parameter(p.detach().clone()) for _ in range(3)]
+    plain = [PLAIN[kind]([each], lr=0.01) for each in copies]
+    optimizer = kind([p], 3, lr=0.01)
+    for _ in range(12):
+        G = (
+            torch.randn(3, 4, 3, generator=generator, dtype=torch.float64)
+            * torch.tensor([1.0, 50, 1e-3])[:, None, None]
+        )
+        before, moved = p.detach().clone(), torch.zeros(4, 3, dtype=torch.float64)
+        for each, one, g in zip(copies, plain, G, strict=True):
+            each.grad, start = g.clone(), each.detach().clone()
+            one.step()
+            moved += each.detach() - start
+        optimizer.step([(p * g).sum() for g in G])
+        torch.testing.assert_close(p.detach() - before, moved, rtol=1e-9, atol=1e-12)
 
 
 def test_first_step_is_the_learning_rate_for_each_task():
@@ -215,6 +237,19 @@ def test_the_meter_averages_squares_with_decay():
     assert torch.allclose(meter.shares()["p"][1], torch.zeros(2))
 
 
+def test_the_meter_forgets_a_task_that_rests_and_keeps_parameters_apart():
+    """Two of one shape without a name, one of which a single task moves, and a shared number."""
+    p, q, number = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(()))
+    optimizer = AdaTaskAdam([p, q, number], ["a", "b"], lr=0.1, eps=1e-12, shared=[p, q, number])
+    optimizer.meter = AUMeter([], ["a", "b"], gamma=0.5)
+    optimizer.step([(p + q).sum() + number, p.sum() + number])
+    report = optimizer.meter.report()
+    assert sorted(share["a"] for share in report.values()) == pytest.approx([0.5, 0.5, 5 / 7, 1.0])
+    optimizer.step({"a": p.sum()})  # each step of a task is 0.1 long: its account is one of a constant gradient
+    (au,) = (au for au in optimizer.meter.au.values() if au.shape == (2, 3) and au[1].any())
+    torch.testing.assert_close(au[:, 0], torch.tensor([0.75, 0.25]) * 0.01)
+
+
 def test_a_plot_is_written(tmp_path):
     _, optimizer = run(lambda m: AdaTaskAdam(m.parameters(), 2))
     with pytest.raises(ConfigError, match="no update"):
@@ -228,11 +263,16 @@ def test_a_plot_is_written(tmp_path):
     assert (tmp_path / "shares.png").stat().st_size > 1000
 
 
-def test_saved_state_goes_on_bit_for_bit():
-    model, optimizer = run(lambda m: AdaTaskAdam(m.parameters(), 2, lr=0.01), steps=7)
-    other = copy.deepcopy(model)
-    resumed = AdaTaskAdam(other.parameters(), 2, lr=0.01, shared=other.body.parameters())
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+@pytest.mark.parametrize("how", ["state", "copy", "pickle"])
+def test_saved_state_goes_on_bit_for_bit(how):
+    model, optimizer = run(lambda m: AdaTaskAdam(m.parameters(), 2, lr=0.01, weights=[1, 3]), steps=7)
+    if how == "state":
+        other = copy.deepcopy(model)
+        resumed = AdaTaskAdam(other.parameters(), 2, lr=0.01, weights=[1, 3])
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        pair = (model, optimizer)
+        other, resumed = copy.deepcopy(pair) if how == "copy" else pickle.loads(pickle.dumps(pair))  # noqa: S301
     for x, y in itertools.islice(batches(12), 7, None):
         optimizer.step(model.losses(x, y))
         resumed.step(other.losses(x, y))
@@ -254,6 +294,52 @@ def test_a_task_that_is_missing_keeps_its_state():
     assert torch.equal(after["exp_avg"][1], before["exp_avg"][1])
     assert not torch.equal(after["exp_avg"][0], before["exp_avg"][0])
     assert torch.equal(model.heads[1].weight, head)
+
+
+def test_none_is_as_good_as_missing_and_without_any_loss_nothing_happens():
+    x, y = next(batches(1))
+    found = []
+    for like in ({}, {"like": None}):
+        model = Body()
+        optimizer = AdaTaskAdam(model.parameters(), ["click", "like"], lr=0.01)
+        assert optimizer.step({"click": model.losses(x, y)[0], **like})
+        assert not optimizer.step({}) and not optimizer.step([None, None])
+        found.append(flat(model))
+    assert torch.equal(*found)
+
+
+PRESENT = [(0,), (0, 1), (1,), (1,), (0, 1), (0,), (0, 1)]
+"""Which tasks have a loss in a step."""
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("start", range(4))
+def test_what_is_shared_may_be_learned_late(kind, start):
+    """Batches have labels of one task or of both: the same as with the shared part named, bit for bit."""
+    mine, other = Body(), Body()
+    learns = kind(mine.parameters(), 2, lr=0.01)
+    told = kind(other.parameters(), 2, lr=0.01, shared=other.body.parameters())
+    for (x, y), present in zip(batches(20), PRESENT[start:] + PRESENT, strict=False):
+        for model, optimizer in ((mine, learns), (other, told)):
+            losses = model.losses(x, y)
+            optimizer.step([loss if k in present else None for k, loss in enumerate(losses)])
+    assert torch.equal(flat(mine), flat(other))
+    assert learns.param_groups[0]["shared"] == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("start", range(4))
+def test_the_shared_account_is_the_plain_optimizer_when_tasks_are_missing_too(kind, start):
+    mine, other = Body(), Body()
+    optimizer = kind(mine.parameters(), 2, lr=0.01, accumulators="shared")
+    plain = PLAIN[kind](other.parameters(), lr=0.01)
+    for (x, y), present in zip(batches(20), PRESENT[start:] + PRESENT, strict=False):
+        losses = mine.losses(x, y)
+        optimizer.step({f"task {k}": losses[k] for k in present})
+        plain.zero_grad()
+        sum(other.losses(x, y)[k] for k in present).backward()
+        plain.step()
+    torch.testing.assert_close(flat(mine), flat(other), rtol=1e-4, atol=1e-5)
 
 
 def test_a_shared_parameter_that_one_task_does_not_reach_keeps_that_account():
@@ -290,6 +376,40 @@ def test_an_overflow_in_mixed_precision_skips_the_step():
     assert optimizer.state[p]["step"].tolist() == [1, 1]
 
 
+def test_gradients_that_share_memory_are_scaled_and_clipped_once():
+    """Autograd gives both terms of a sum the same tensor, and a sum one that is expanded from a single number."""
+    for settings in ({"scale": 8.0}, {"max_norm": 0.1}):
+        a, b, c, own = (nn.Parameter(torch.ones(2)) for _ in range(4))
+        clip = {name: value for name, value in settings.items() if name == "max_norm"}
+        optimizer = AdaTaskRMSprop([a, b, c, own], 2, alpha=0.0, **clip)
+        s = settings.get("scale", 1.0)
+        optimizer.step([s * ((c * (a + b)).sum() + own.sum()), s * (2 * c * (a + b)).sum()], scale=s)
+        # the first task's are 1 for a, b and its own, 2 for c, two values each
+        expected = 1.0 if "scale" in settings else (0.1 / (2 * (1 + 1 + 4 + 1)) ** 0.5) ** 2
+        for p in (a, b, own):
+            assert optimizer.state[p]["square_avg"][0].tolist() == pytest.approx([expected] * 2), settings
+
+
+def test_directions_when_a_task_is_missing():
+    """They see all tasks in their order; the missing one keeps its account."""
+    from vouch.multitask.balancers import make
+
+    model = Body(3)
+    optimizer = AdaTaskAdam(model.parameters(), 3, shared=model.body.parameters())
+    balancer = make("gradcraft", model.parameters(), tasks=3)
+    x, y = next(batches(1, 3))
+    a, _, c = model.losses(x, y)
+    seen = []
+
+    def transform(by_task):
+        seen.append([[g is not None for g in row] for row in by_task])
+        return balancer.transform(by_task)
+
+    optimizer.step([a, None, c], transform=transform)
+    assert [all(row) for row in seen[0]] == [True, False, True] and not any(seen[0][1])
+    assert optimizer.state[model.body[0].weight]["step"].tolist() == [1, 0, 1]
+
+
 def test_gradients_can_be_changed_first():
     p = nn.Parameter(torch.zeros(2))
     optimizer = AdaTaskRMSprop([p], 2, lr=1.0, shared=[p])
@@ -324,6 +444,64 @@ def test_errors_name_what_is_wrong():
     table = nn.Embedding(4, 2, sparse=True)
     with pytest.raises(ConfigError, match="sparse"):
         AdaTaskAdam(table.parameters(), 2).step([table(torch.tensor([1])).sum(), table(torch.tensor([2])).sum()])
+
+
+def test_a_state_of_other_tasks_is_refused():
+    """Of another number, or in another order: the accounts would be mixed up."""
+    _, optimizer = run(lambda m: AdaTaskAdam(m.parameters(), ["a", "b"]), steps=1)
+    for tasks in (["a", "b", "c"], ["b", "a"]):
+        with pytest.raises(ConfigError, match="the state is of the tasks"):
+            AdaTaskAdam(Body().parameters(), tasks).load_state_dict(optimizer.state_dict())
+
+
+def test_messages_name_parameters_and_tasks():
+    model = Body()
+    x, y = next(batches(1))
+    optimizer = AdaTaskAdam(model.named_parameters(), ["click", "like"], shared=model.body[0].parameters())
+    with pytest.raises(ConfigError, match=r"body\.2\.weight is reached by click, like"):
+        optimizer.step(model.losses(x, y))
+    click, like = model.losses(x, y)
+    with pytest.raises(TrainingError, match="loss of 'like'"):
+        AdaTaskAdam(model.parameters(), ["click", "like"]).step([click, like * float("nan")])
+    optimizer = AdaTaskAdam(model.parameters(), ["click", "like"])
+    slope = (model.body[0].weight - model.body[0].weight.detach()).square().sum().sqrt()  # infinite at 0
+    with pytest.raises(TrainingError, match="gradient of 'like'"):
+        optimizer.step([model.losses(x, y)[0], slope])
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"lr": -1}, "lr"), ({"lr": float("nan")}, "lr"), ({"betas": (1.0, 0.9)}, "betas"), ({"eps": -1e-8}, "eps"),
+        ({"weight_decay": -0.1}, "weight_decay"), ({"max_norm": 0.0}, "max_norm"), ({"accumulators": "tasks"}, "tasks"),
+        ({"weights": [1.0]}, "1 weights for 2"), ({"weights": [1.0, float("nan")]}, "weights"),
+    ],
+)  # fmt: skip
+def test_settings_out_of_bounds_are_refused(settings, match):
+    with pytest.raises(ConfigError, match=match):
+        AdaTaskAdam(Body().parameters(), 2, **settings)
+
+
+def test_settings_of_other_optimizers_are_refused():
+    """Not taken and ignored."""
+    with pytest.raises(TypeError, match="amsgrad"):
+        AdaTaskAdam(Body().parameters(), 2, amsgrad=True)
+
+
+def test_losses_that_are_none_are_refused():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = AdaTaskAdam([p], 2)
+    for losses, match in (
+        (p.sum(), "shape"),
+        ([1.0, p.sum()], "is 1.0"),
+        ([torch.ones(()), torch.ones(())], "depends on a parameter"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            optimizer.step(losses)
+    with pytest.raises(ConfigError, match="the text 'click'"):
+        AdaTaskAdam([p], "click")
+    with pytest.warns(UserWarning, match="1 parameters"):
+        optimizer.step([p.sum(), nn.Parameter(torch.ones(2)).sum()])
 
 
 def test_a_learning_rate_schedule_moves_it():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
+import pickle
 import warnings
 
 import numpy as np
@@ -584,6 +587,66 @@ def test_inside_fit():
     assert set(TASKS) < set(report.history[0])
 
 
+def test_copies_go_on_alone_and_carry_no_room_to_work_in():
+    """What a step works in, up to 4 MB, is made again; so it is where the model has moved to another device."""
+    (x, y), (more, labels) = batches(2)
+    for slug in ALL:
+        model = Body()
+        balancer = quiet(slug, model)
+        balancer.backward(model.losses(x, y))
+        text = pickle.dumps((model, balancer))
+        assert len(text) < 20_000
+        found = []
+        for mine, other in (copy.deepcopy((model, balancer)), pickle.loads(text), (model, balancer)):  # noqa: S301
+            mine.zero_grad()
+            other.backward(mine.losses(more, labels))
+            found.append(flat(mine.parameters()))
+        assert np.array_equal(found[0], found[2]) and np.array_equal(found[1], found[2]), slug
+        if slug in BY_TASK:
+            balancer.room = torch.empty(8, device="meta", dtype=torch.float64)
+            model.zero_grad()
+            balancer.backward(model.losses(x, y))
+            assert balancer.room.device.type == "cpu"
+
+
+@pytest.mark.parametrize("slug", ["uniform", "uw", "dwa", "gradcraft"])
+def test_losses_of_several_kinds_and_in_another_order(slug):
+    """Single, double and half precision at once; by name, order does not matter."""
+    x, y = next(batches(1))
+    found = []
+    for order in (TASKS, TASKS[::-1]):
+        model = Body()
+        balancer = quiet(slug, model)
+        losses = model.losses(x, y)
+        losses["click"], losses["like"] = losses["click"].double(), losses["like"].bfloat16()
+        balancer.backward({task: losses[task] for task in order})
+        assert balancer.report.tasks == list(order) and all(p.grad.dtype == torch.float32 for p in model.parameters())
+        found.append(flat(model.parameters()))
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5 * np.abs(found[0]).max())
+
+
+def test_a_step_of_fit_without_labels_and_in_several_processes():
+    class Fabric:
+        world_size = 1
+
+        def autocast(self):
+            return contextlib.nullcontext()
+
+    class Unlabelled(Body):
+        def loss(self, batch):
+            return {"click": None, "like": None, "watch": None}
+
+    model = Unlabelled()
+    before = [p.detach().clone() for p in model.parameters()]
+    balancer, fabric = quiet("gradcraft", model), Fabric()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert float(balancer.step(model, None, optimizer, fabric)["loss"]) == 0
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    fabric.world_size = 2
+    with pytest.raises(ConfigError, match="processes"):
+        balancer.step(model, None, optimizer, fabric)
+
+
 def test_mistakes():
     model = Body()
     x, y = next(batches(1))
@@ -605,6 +668,10 @@ def test_mistakes():
         balancer.backward({"click": model(x)[0]})
     with pytest.raises(ConfigError, match="depends on a parameter"):
         balancer.backward({"click": torch.tensor(1.0)})
+    with pytest.raises(ConfigError, match=r"'click' is 1\.0"):
+        balancer.backward({"click": 1.0})
+    with pytest.raises(ConfigError, match="the text 'click'"):
+        make("uniform", model.parameters(), tasks="click")
     with pytest.raises(ConfigError, match="no losses"):
         make("uniform", model.parameters()).backward([])
     with pytest.raises(TrainingError, match="loss of 'click'"):

@@ -8,16 +8,24 @@ accumulator on each shared parameter; parameters of one task see the ordinary op
     optimizer = AdaTaskAdam(model.parameters(), tasks=3, lr=1e-3)
     optimizer.step([click_loss, like_loss, watch_loss])      # in place of backward() and step()
 
-What differs from the released code: one backward pass a task gives the gradients of the shared parameters and of the
-task's own; a parameter that a task does not reach keeps that task's state; weight decay is decoupled and applied once.
+What differs from the released code, and what the paper leaves open:
+
+- One backward pass a task gives the gradients of the shared parameters and of the task's own.
+- A task without a loss in a step, and a parameter that a task does not reach, keep that account as it was.
+- What is shared is learned as training goes: when a second task reaches a parameter, its state becomes the first one's.
+- Weight decay is decoupled and applied once; clipping is by task. `.grad` is neither read nor set.
+- The share of a task is measured by a decaying mean of squared updates, without a root, gamma 0.99.
+
 Every task moves the shared part by about the learning rate, so it moves up to T times as fast as with the ordinary
-optimizer: compare at `lr / T`, or with the ordinary optimizer at `lr * T`.
+optimizer: compare at `lr / T`, or with the ordinary optimizer at `lr * T`. The rate is taken as given, not divided.
 
 Shapes: `T` tasks; the state of a shared parameter has `T` in front, that of one task's parameter 1.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -26,183 +34,234 @@ import torch
 from torch import Tensor
 
 from vouch.errors import ConfigError, TrainingError
-from vouch.multitask.gradients import Losses, named, reached
+from vouch.multitask.gradients import MaybeLosses, by_name, finite, not_given, reached, task_names
 
 Gradients = list[list[Tensor | None]]
 """For each task its gradients of the shared parameters, None where it has no part in one."""
+LIMITS = {"lr": math.inf, "eps": math.inf, "weight_decay": math.inf, "betas": 1.0, "alpha": 1.0}
+"""Settings lie at or above 0 and below these."""
 
 
 class AdaTask(torch.optim.Optimizer):
     """What the three optimizers share: gradients by task, their accounts, and one update that sums over tasks."""
 
     slots: tuple[str, ...]
-    """Names of the accumulators."""
+    """Names of the accumulators; the last one's are of squares."""
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]],
         tasks: int | Sequence[str],
+        defaults: dict[str, Any],
         *,
         shared: Iterable[Tensor] | None = None,
         accumulators: Literal["task", "shared"] = "task",
         weights: Sequence[float] | None = None,
         weight_decay: float = 0.0,
         max_norm: float | None = None,
-        **defaults: float | tuple[float, float],
     ) -> None:
-        """Take all trained parameters and the tasks.
+        """Take all trained parameters and the tasks; give `model.named_parameters()`, and messages name them.
 
         Args:
             tasks: their names or their number.
+            defaults: the settings of one kind of optimizer.
             shared: the parameters with accounts by task; those that two losses or more reach, unless given.
             accumulators: `shared` is the ordinary optimizer, with the tasks' parts of its steps kept apart for `meter`.
             weights: fixed weights of the losses `(T,)`. With accounts by task they do nothing to the shared part.
-            weight_decay: decoupled, times the learning rate. max_norm: longest gradient of one task on all its
-                parameters.
+            weight_decay: decoupled, times the learning rate.
+            max_norm: longest gradient of one task on all its parameters.
 
         Raises:
-            ConfigError: there is no task or parameter, or a parameter of `shared` is not among `parameters`.
+            ConfigError: there is no task or parameter, a parameter of `shared` is not among `parameters`, or a setting
+                is out of bounds.
         """
-        every = list(parameters)
-        self.tasks = [f"task {k}" for k in range(tasks)] if isinstance(tasks, int) else list(tasks)
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise ConfigError(f"tasks is {tasks!r}", hint="give the names of the tasks, or how many there are")
-        if weights is not None and len(weights) != len(self.tasks):
-            raise ConfigError(f"{len(weights)} weights for {len(self.tasks)} tasks")
+        self.tasks = task_names(tasks)
+        self.weights = [1.0] * len(self.tasks) if weights is None else [float(w) for w in weights]
+        if len(self.weights) != len(self.tasks):
+            raise ConfigError(f"{len(self.weights)} weights for {len(self.tasks)} tasks")
+        if not all(map(math.isfinite, self.weights)):
+            raise ConfigError(f"the weights are {self.weights}", hint="give a number for each task")
+        if accumulators not in ("task", "shared"):
+            raise ConfigError(f"accumulators is {accumulators!r}", hint="use 'task' or 'shared'")
+        if max_norm is not None and not max_norm > 0:
+            raise ConfigError(f"max_norm is {max_norm}", hint="it is above 0; None does not clip")
+        defaults = {**defaults, "weight_decay": weight_decay}
+        for name, value in defaults.items():
+            for each in value if isinstance(value, tuple) else (value,):
+                if not 0 <= each < LIMITS[name]:
+                    raise ConfigError(f"{name} is {value}", hint=f"it lies in [0, {LIMITS[name]})")
+        every: list[Any] = list(parameters)
         if not every:
             raise ConfigError("there are no parameters to train")
-        self.weights = [1.0] * len(self.tasks) if weights is None else [float(w) for w in weights]
         self.accumulators, self.max_norm = accumulators, max_norm
+        self.given = None if shared is None else {id(p) for p in shared}
         self.meter: AUMeter | None = None
-        super().__init__(every, {**defaults, "weight_decay": weight_decay, "shared": None})
-        if shared is not None:
-            self._mark({id(p) for p in shared})
-
-    def _mark(self, shared: set[int]) -> None:
-        """Note in each group which of its parameters are shared; the state that is saved has it too."""
-        known = {id(p) for group in self.param_groups for p in group["params"]}
-        if shared - known:
+        super().__init__(every, defaults)
+        strangers = (self.given or set()) - {id(p) for group in self.param_groups for p in group["params"]}
+        if strangers:
             raise ConfigError(
-                f"{len(shared - known)} of the shared parameters are not among the parameters of the optimizer",
+                f"{len(strangers)} of the shared parameters are not among the parameters of the optimizer",
                 hint="give all trained parameters, and in `shared` some of them",
             )
-        for group in self.param_groups:
-            group["shared"] = [id(p) in shared for p in group["params"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As that of PyTorch's optimizers. A group also notes which of its parameters are shared, and whose the others are."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["tasks"] = self.tasks
+        group["shared"] = [self.given is not None and id(p) in self.given for p in group["params"]]
+        group["owner"] = [None] * len(group["params"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As that of PyTorch's optimizers.
+
+        Raises:
+            ConfigError: the state is of other tasks, or of tasks in another order.
+        """
+        for group in state_dict["param_groups"]:
+            if list(group["tasks"]) != self.tasks:
+                raise ConfigError(f"the state is of the tasks {group['tasks']}, and the optimizer has {self.tasks}")
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles; PyTorch's would keep no attribute."""
+        mine = ("tasks", "weights", "accumulators", "max_norm", "given", "meter")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in mine}}
 
     def step(  # type: ignore[override]
         self,
-        losses: Losses,
+        losses: MaybeLosses,
         *,
         transform: Callable[[Gradients], Gradients] | None = None,
         scale: float = 1.0,
     ) -> bool:
         """One update from the losses of one forward pass; the graph is freed.
 
-        Tasks are matched by name where `losses` has names: one that is missing is left out, and keeps its state.
-
         Args:
-            transform: changes the tasks' gradients of the shared parameters first, e.g. into directions without
-                conflict.
+            losses: a scalar for each task, by name, in a list or stacked. A task that is None or left out keeps its
+                state; without any, nothing happens.
+            transform: changes the gradients of the shared parameters of all tasks first, e.g. into directions without
+                conflict. What it makes of those of a task without a loss is not used.
             scale: the factor on the losses in mixed precision; gradients are divided by it.
 
         Returns:
-            Whether there was a step: with a `scale`, an overflow in one task skips all of it.
+            Whether there was a step: with a `scale`, an overflow in one task's gradient skips all of it.
 
         Raises:
-            ConfigError: a loss is of no known task, or the number of tasks has changed.
+            ConfigError: a loss is of no known task or reaches a parameter that is not in `shared`, the number of tasks
+                has changed, or no loss depends on a parameter.
             TrainingError: a loss or a gradient is not a finite number; names the task.
         """
-        found = self._named(losses)
+        found = {task: loss for task, loss in by_name(losses, self.tasks).items() if loss is not None}
+        if not found:
+            return False
+        finite(found)
+        places = [self.tasks.index(task) for task in found]
+        values = [self.weights[k] * loss for k, loss in zip(places, found.values(), strict=True)]
         every = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        tasks, values = list(found), [self.weights[self.tasks.index(t)] * loss for t, loss in found.items()]
         reach = reached(values, every)
-        if any(group["shared"] is None for group in self.param_groups):
-            self._mark({id(p) for p, by in zip(every, reach, strict=True) if len(by) > 1})
-        is_shared = {id(p) for group in self.param_groups for p in _where(group, True)}
-        shared = [p for p in every if id(p) in is_shared]
-        by_task, own = self._gradients(tasks, values, every, reach, shared)
+        if not any(reach):
+            raise ConfigError("no loss depends on a parameter", hint="compute the losses with gradients enabled")
+        missed = 0 if self.state else not_given(values, every)
+        if missed:
+            what = f"the losses reach {missed} parameters that the optimizer was not given"
+            warnings.warn(f"{what}; give it all that are trained", stacklevel=3)
+        self._note({id(p): {places[k] for k in by} for p, by in zip(every, reach, strict=True)})
+        shared = [p for group in self.param_groups for p in _where(group, True) if p.requires_grad]
+        rows = self._gradients(values, every, reach, shared)
+        if scale != 1.0:
+            for row in rows:
+                _multiply(row, 1 / scale)
+            if not all(math.isfinite(_length(row)) for row in rows):
+                return False
         if transform is not None:
-            by_task = transform(by_task)
-        for task, gradients in zip(tasks, by_task, strict=True):
-            given = [g for g in (*gradients, *(g for g, by in own.values() if by == task)) if g is not None]
-            if not given:
-                continue
-            if scale != 1.0:
-                torch._foreach_mul_(given, 1 / scale)
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(given)))
-            if not bool(torch.isfinite(norm)):
-                if scale != 1.0:
-                    return False
+            _transform(transform, rows, places, shared, len(self.tasks))
+        for task, row in zip(found, rows, strict=True):
+            length = _length(row)
+            if not math.isfinite(length):
                 raise TrainingError(f"the gradient of {task!r} is not a finite number", hint="lower the learning rate")
-            if self.max_norm is not None and float(norm) > self.max_norm:
-                torch._foreach_mul_(given, self.max_norm / float(norm))
-        places = [self.tasks.index(task) for task in tasks]
-        by_parameter = {id(p): [g[at] for g in by_task] for at, p in enumerate(shared)}
+            if self.max_norm is not None and length > self.max_norm:
+                _multiply(row, self.max_norm / length)
         with torch.no_grad():
-            self._update(places, by_parameter, {at: gradient for at, (gradient, _) in own.items()})
+            self._update(places, rows)
         return True
 
-    def _named(self, losses: Losses) -> dict[str, Tensor]:
-        found = named(losses)
-        if not isinstance(losses, Mapping):
-            if len(found) != len(self.tasks):
-                raise ConfigError(
-                    f"{len(found)} losses for {len(self.tasks)} tasks", hint="name the losses to leave a task out"
-                )
-            found = dict(zip(self.tasks, found.values(), strict=True))
-        for task in found:
-            if task not in self.tasks:
-                raise ConfigError(f"there is no task {task!r}", hint=f"the tasks are: {', '.join(self.tasks)}")
-        return found
+    def _note(self, reach: dict[int, set[int]]) -> None:
+        """Learn which parameters are shared: those that more than one task has reached so far."""
+        for group in self.param_groups:
+            for at, p in enumerate(group["params"]):
+                owner, found = group["owner"][at], reach.get(id(p), set())
+                if group["shared"][at] or not found or found == {owner}:
+                    continue
+                by = found | {owner} - {None}
+                if len(by) == 1:
+                    (group["owner"][at],) = by
+                elif self.given is not None:
+                    name = group["param_names"][at] if "param_names" in group else f"a parameter of shape {(*p.shape,)}"
+                    raise ConfigError(
+                        f"{name} is reached by {', '.join(self.tasks[k] for k in sorted(by))}, but is not in `shared`"
+                    )
+                else:
+                    group["shared"][at] = True
+                    if self.state[p]:
+                        self._widen(self.state[p], owner)
+
+    def _widen(self, state: dict[str, Tensor], owner: int) -> None:
+        """Make the state of one task's parameter that of a shared one."""
+        together = ("step", self.slots[-1]) if self.accumulators == "shared" else ()
+        for name, old in state.items():
+            state[name] = old.new_zeros((len(self.tasks), *old.shape[1:]))
+            state[name][slice(None) if name in together else owner] = old[0]
 
     def _gradients(
-        self, tasks: list[str], losses: list[Tensor], every: list[Tensor], reach: list[set[int]], shared: list[Tensor]
-    ) -> tuple[Gradients, dict[int, tuple[Tensor, str]]]:
-        """By task those of the shared parameters; and by parameter that of one task's own, with the task."""
+        self, losses: list[Tensor], every: list[Tensor], reach: list[set[int]], shared: list[Tensor]
+    ) -> list[dict[int, Tensor]]:
+        """By task those of the parameters that it has a part in; they may share memory."""
+        rows: list[dict[int, Tensor]] = []
         is_shared = {id(p) for p in shared}
-        by_task: Gradients = []
-        own: dict[int, tuple[Tensor, str]] = {}
         for k, loss in enumerate(losses):
-            mine = [p for p, by in zip(every, reach, strict=True) if id(p) not in is_shared and k in by]
-            for p, by in zip(every, reach, strict=True):
-                if id(p) not in is_shared and len(by) > 1:
-                    raise ConfigError(
-                        f"a parameter of shape {tuple(p.shape)} is reached by {len(by)} tasks but is not in `shared`"
-                    )
-            if not loss.requires_grad:
-                by_task.append([None] * len(shared))
+            mine = [*shared, *(p for p, by in zip(every, reach, strict=True) if k in by and id(p) not in is_shared)]
+            rows.append({})
+            if not loss.requires_grad or not mine:
                 continue
-            keep = k < len(losses) - 1
-            found = torch.autograd.grad(loss, [*shared, *mine], retain_graph=keep, allow_unused=True)
-            for gradient in found:
-                if gradient is not None and gradient.is_sparse:
-                    raise ConfigError("gradients are sparse", hint="make the embedding with sparse=False")
-            by_task.append([None if g is None else g.contiguous() for g in found[: len(shared)]])
-            own.update({id(p): (g, tasks[k]) for p, g in zip(mine, found[len(shared) :], strict=True) if g is not None})
-        return by_task, own
+            found = torch.autograd.grad(loss, mine, retain_graph=k < len(losses) - 1, allow_unused=True)
+            for p, gradient in zip(mine, found, strict=True):
+                if gradient is None:
+                    continue
+                if gradient.is_sparse:
+                    raise ConfigError(
+                        f"the gradients of a table of shape {(*p.shape,)} are sparse", hint="make it with sparse=False"
+                    )
+                rows[-1][id(p)] = gradient.contiguous() if id(p) in is_shared else gradient
+        return rows
 
-    def _update(self, places: list[int], by_parameter: dict[int, list[Tensor | None]], own: dict[int, Tensor]) -> None:
+    def _update(self, places: list[int], rows: list[dict[int, Tensor]]) -> None:
         """Advance the accounts, and move each parameter by the sum over its tasks."""
+        size, moving = len(self.tasks), set().union(*rows)
         for group in self.param_groups:
             if group["weight_decay"]:
-                moved = [p for p in group["params"] if id(p) in by_parameter or id(p) in own]
+                moved = [p for p in group["params"] if id(p) in moving]
                 if moved:
                     torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"])
-            alone = [p for p in _where(group, False) if id(p) in own]
-            self._move(group, alone, [own[id(p)] for p in alone], None, 0, 1, None)
-            together = _where(group, True)
+            own = {id(p): p for p in _where(group, False) if id(p) in moving}
+            gradients = {at: row[at] for row in rows for at in own if at in row}
+            self._move(group, list(own.values()), [gradients[at] for at in own], None, 0, 1)
+            together = [p for p in _where(group, True) if id(p) in moving]
+            by_task = dict(zip(places, rows, strict=True))
             total: dict[int, Tensor] = {}
-            nothing: list[Tensor | None] = [None] * len(places)
-            if self.accumulators == "shared":
-                for p in together:
-                    parts = [g for g in by_parameter.get(id(p), ()) if g is not None]
-                    if parts:
-                        total[id(p)] = torch.stack(parts).sum(0)
-            for at, k in enumerate(places):
-                having = [(p, g) for p in together if (g := by_parameter.get(id(p), nothing)[at]) is not None]
-                sums = [total[id(p)] for p, _ in having] if total else None
-                moved = [p for p, _ in having]
-                self._move(group, moved, [g for _, g in having], sums, k, len(self.tasks), self.meter)
+            if self.accumulators == "shared":  # one account: a task that adds nothing to a gradient adds 0
+                total = {id(p): torch.stack([row[id(p)] for row in rows if id(p) in row]).sum(0) for p in together}
+                by_task = {
+                    k: {id(p): by_task.get(k, {}).get(id(p), torch.zeros_like(p)) for p in together}
+                    for k in range(size)
+                }
+            for k in range(size):
+                row = by_task.get(k, {})
+                moved = [p for p in together if id(p) in row]
+                sums = [total[id(p)] for p in moved] if total else None
+                updates = self._move(group, moved, [row[id(p)] for p in moved], sums, k, size)
+                if self.meter is not None and together:
+                    self.meter.update(k, {**dict.fromkeys(together), **updates})
 
     def _move(
         self,
@@ -212,27 +271,28 @@ class AdaTask(torch.optim.Optimizer):
         sums: list[Tensor] | None,
         k: int,
         T: int,
-        meter: AUMeter | None,
-    ) -> None:
-        """Move parameters by one task's part. `sums` are the gradients of all tasks, where the account is shared."""
+    ) -> dict[Tensor, Tensor]:
+        """Move parameters by task k's part; the updates, where a meter asks for them.
+
+        `sums` are the gradients of all tasks, where the account is shared.
+        """
         if not parameters:
-            return
+            return {}
         for p in parameters:
             state = self.state[p]
             if not state:
                 state["step"] = torch.zeros(T)
                 state.update({slot: p.new_zeros((T, *p.shape)) for slot in self.slots})
-            elif len(state["step"]) != T:
-                raise ConfigError(f"a parameter has the state of {len(state['step'])} tasks, and there are {T}")
             state["step"][k] += 1
         slots = {slot: [self.state[p][slot][k] for p in parameters] for slot in self.slots}
         steps = [float(self.state[p]["step"][k]) for p in parameters]
         numerators, denominators, factors = self.account(group, slots, gradients, sums or gradients, steps)
-        if meter is not None:
+        updates: Sequence[Tensor] = ()
+        if self.meter is not None:
             updates = torch._foreach_div(numerators, denominators)
             torch._foreach_mul_(updates, factors)
-            meter.update(k, dict(zip(parameters, updates, strict=True)))
         torch._foreach_addcdiv_(parameters, numerators, denominators, factors)
+        return dict(zip(parameters, updates, strict=False))
 
     @abstractmethod
     def account(
@@ -249,6 +309,32 @@ class AdaTask(torch.optim.Optimizer):
         """
 
 
+def _multiply(row: dict[int, Tensor], factor: float) -> None:
+    """In new memory: autograd may give two parameters the same, or one a view."""
+    if row:
+        row.update(zip(row, torch._foreach_mul([*row.values()], factor), strict=True))
+
+
+def _length(row: dict[int, Tensor]) -> float:
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm([*row.values()])))) if row else 0.0
+
+
+def _transform(
+    transform: Callable[[Gradients], Gradients],
+    rows: list[dict[int, Tensor]],
+    places: list[int],
+    shared: list[Tensor],
+    size: int,
+) -> None:
+    """Replace the gradients of shared parameters by what `transform` makes of those of all tasks."""
+    given: Gradients = [[None] * len(shared) for _ in range(size)]
+    for k, row in zip(places, rows, strict=True):
+        given[k] = [row.pop(id(p), None) for p in shared]
+    found = transform(given)
+    for k, row in zip(places, rows, strict=True):
+        row.update({id(p): g for p, g in zip(shared, found[k], strict=True) if g is not None})
+
+
 def _where(group: Mapping[str, Any], shared: bool) -> list[Tensor]:
     """The parameters of a group that are shared, or those that are not."""
     return [p for p, is_shared in zip(group["params"], group["shared"], strict=True) if is_shared == shared]
@@ -261,7 +347,7 @@ class AdaTaskAdam(AdaTask):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]],
         tasks: int | Sequence[str],
         *,
         lr: float = 1e-3,
@@ -270,7 +356,7 @@ class AdaTaskAdam(AdaTask):
         **more: Any,
     ) -> None:
         """See `AdaTask` for the other arguments."""
-        super().__init__(parameters, tasks, lr=lr, betas=betas, eps=eps, **more)
+        super().__init__(parameters, tasks, {"lr": lr, "betas": tuple(betas), "eps": eps}, **more)
 
     def account(
         self,
@@ -299,7 +385,7 @@ class AdaTaskRMSprop(AdaTask):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]],
         tasks: int | Sequence[str],
         *,
         lr: float = 1e-2,
@@ -308,7 +394,7 @@ class AdaTaskRMSprop(AdaTask):
         **more: Any,
     ) -> None:
         """See `AdaTask` for the other arguments."""
-        super().__init__(parameters, tasks, lr=lr, alpha=alpha, eps=eps, **more)
+        super().__init__(parameters, tasks, {"lr": lr, "alpha": alpha, "eps": eps}, **more)
 
     def account(
         self,
@@ -334,7 +420,7 @@ class AdaTaskAdagrad(AdaTask):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]],
         tasks: int | Sequence[str],
         *,
         lr: float = 1e-2,
@@ -342,7 +428,7 @@ class AdaTaskAdagrad(AdaTask):
         **more: Any,
     ) -> None:
         """See `AdaTask` for the other arguments."""
-        super().__init__(parameters, tasks, lr=lr, eps=eps, **more)
+        super().__init__(parameters, tasks, {"lr": lr, "eps": eps}, **more)
 
     def account(
         self,
@@ -360,7 +446,11 @@ class AdaTaskAdagrad(AdaTask):
         return gradients, list(roots), [-group["lr"]] * len(steps)
 
 
-OPTIMIZERS: dict[str, type[AdaTask]] = {"adam": AdaTaskAdam, "rmsprop": AdaTaskRMSprop, "adagrad": AdaTaskAdagrad}
+OPTIMIZERS: dict[str, Callable[..., AdaTask]] = {
+    "adam": AdaTaskAdam,
+    "rmsprop": AdaTaskRMSprop,
+    "adagrad": AdaTaskAdagrad,
+}
 
 
 class AUMeter:
@@ -378,13 +468,15 @@ class AUMeter:
         self.tasks, self.gamma = list(tasks), gamma
         self.au: dict[str, Tensor] = {}
 
-    def update(self, task: int, updates: Mapping[Tensor, Tensor]) -> None:
-        """`AU_k <- gamma AU_k + (1 - gamma) u_k^2` for the parameters moved."""
+    def update(self, task: int, updates: Mapping[Tensor, Tensor | None]) -> None:
+        """`AU_k <- gamma AU_k + (1 - gamma) u_k^2` for the parameters moved; None where task k did not move one."""
         for parameter, u in updates.items():
-            name = self.names.get(id(parameter), f"parameter of shape {tuple(parameter.shape)}")
+            name = self.names.setdefault(id(parameter), f"parameter {len(self.names)} of shape {(*parameter.shape,)}")
             if name not in self.au:
-                self.au[name] = u.new_zeros((len(self.tasks), *u.shape))
-            self.au[name][task].mul_(self.gamma).addcmul_(u, u, value=1 - self.gamma)
+                self.au[name] = parameter.new_zeros((len(self.tasks), *parameter.shape))
+            mine = self.au[name][task].mul_(self.gamma)
+            if u is not None:
+                mine.addcmul_(u, u, value=1 - self.gamma)
 
     def shares(self) -> dict[str, Tensor]:
         """The share of each task `(T, *shape)` in each parameter; even where nothing moved. They sum to 1 over tasks."""
@@ -397,21 +489,19 @@ class AUMeter:
     def report(self) -> dict[str, dict[str, float]]:
         """The mean share of each task by tensor of parameters, and over all of them (`all shared`)."""
         shares = self.shares()
-        found = {
-            name: dict(zip(self.tasks, share.flatten(1).mean(1).tolist(), strict=True))
+        if shares:
+            shares["all shared"] = _together(shares)
+        return {
+            name: dict(zip(self.tasks, share.reshape(len(share), -1).mean(1).tolist(), strict=True))
             for name, share in shares.items()
         }
-        if shares:
-            every = torch.cat([share.flatten(1) for share in shares.values()], 1)
-            found["all shared"] = dict(zip(self.tasks, every.mean(1).tolist(), strict=True))
-        return found
 
     def imbalance(self) -> float:
         """Mean over shared values of the largest task's share: 1/T where even, 1 where one task dominates."""
         shares = self.shares()
         if not shares:
             return 1 / len(self.tasks)
-        return float(torch.cat([share.flatten(1) for share in shares.values()], 1).amax(0).mean())
+        return float(_together(shares).amax(0).mean())
 
     def plot(self, path: Any) -> None:
         """A histogram of the shares of each task over all shared values, with the even share marked, into a file.
@@ -423,7 +513,7 @@ class AUMeter:
             raise ConfigError("the meter has seen no update", hint="set optimizer.meter before training")
         from matplotlib.figure import Figure
 
-        every = torch.cat([share.flatten(1) for share in self.shares().values()], 1).numpy()
+        every = _together(self.shares()).float().cpu().numpy()
         figure = Figure(figsize=(6, 3.2), layout="constrained")
         axes = figure.add_subplot()
         for task, share in zip(self.tasks, every, strict=True):
@@ -432,3 +522,8 @@ class AUMeter:
         axes.set(xlabel="share of the squared updates", ylabel="shared values")
         axes.legend()
         figure.savefig(path)
+
+
+def _together(shares: Mapping[str, Tensor]) -> Tensor:
+    """Shares of all shared values side by side `(T, n)`."""
+    return torch.cat([share.reshape(len(share), -1) for share in shares.values()], 1)

@@ -28,12 +28,10 @@ from torch import Tensor, nn
 
 from vouch.config import Config, setting
 from vouch.errors import ConfigError, UnknownIdError, did_you_mean
-from vouch.multitask.gradients import finite
+from vouch.multitask.gradients import MaybeLosses, by_name, finite, not_given, task_names
 from vouch.multitask.report import Report
 
 Array = NDArray[np.float64]
-MaybeLosses = Mapping[str, Tensor | None] | Sequence[Tensor | None] | Tensor
-"""One scalar a task; None, or a name left out, where the batch has no labelled row of the task."""
 LONG = 10_000
 """Steps after which an epoch should have ended."""
 
@@ -100,7 +98,7 @@ class Balancer(ABC):
         self.report: Report | None = None
         """Of the last step."""
         if tasks is not None:
-            self._begin([f"task {k}" for k in range(tasks)] if isinstance(tasks, int) else list(tasks))
+            self._begin(task_names(tasks))
 
     def backward(self, losses: MaybeLosses) -> None:
         """Add to `.grad` of all parameters, as `Tensor.backward` does; the graph is freed.
@@ -121,7 +119,10 @@ class Balancer(ABC):
             return
         self.steps += 1
         if self.steps == 1:
-            self._look(list(found.values()))
+            missed = not_given(list(found.values()), self.trained)
+            if missed:
+                what = f"the losses reach {missed} parameters that the balancer was not given"
+                warnings.warn(f"{what}; give it all that are trained", stacklevel=2)
         if self.steps == LONG and self.by_epoch and not self.epochs:
             warnings.warn(f"{LONG:,} steps and no end of an epoch: call balancer.end_epoch()", stacklevel=2)
         assert self.tasks is not None
@@ -145,7 +146,8 @@ class Balancer(ABC):
         optimizer.zero_grad()
         self.backward(losses)
         optimizer.step()
-        return {**losses, "loss": torch.stack([loss.detach() for loss in losses.values()]).sum()}
+        total = torch.stack([loss.detach() for loss in losses.values()]).sum() if losses else torch.zeros(())
+        return {**losses, "loss": total}
 
     def measure(self, losses: MaybeLosses) -> Report:
         """The tasks' gradients as they are, without a step: for any balancer, at one backward pass a task. Keeps the graph."""
@@ -210,8 +212,6 @@ class Balancer(ABC):
         pass
 
     def _begin(self, tasks: list[str]) -> None:
-        if not tasks or len(set(tasks)) < len(tasks):
-            raise ConfigError(f"tasks is {tasks!r}", hint="give the names of the tasks, or how many there are")
         if len(tasks) == 1:
             warnings.warn(f"there is one task, {tasks[0]!r}: nothing to balance, its gradient is used", stacklevel=4)
         self.tasks, self.known = tasks, {task: place for place, task in enumerate(tasks)}
@@ -219,26 +219,11 @@ class Balancer(ABC):
 
     def _present(self, losses: MaybeLosses) -> tuple[dict[str, Tensor], Tensor]:
         """The losses of the tasks that have any, by name and stacked."""
-        if isinstance(losses, Mapping):
-            given = dict(losses)
-        else:
-            if isinstance(losses, Tensor) and losses.ndim != 1:
-                raise ConfigError(f"the losses have the shape {tuple(losses.shape)}", hint="stack one scalar a task")
-            values = list(losses)
-            if self.tasks is not None and len(values) != len(self.tasks):
-                raise ConfigError(
-                    f"{len(values)} losses for {len(self.tasks)} tasks", hint="None stands for a task without labels"
-                )
-            given = dict(zip(self.tasks or [f"task {k}" for k in range(len(values))], values, strict=True))
+        given = by_name(losses, self.known)
         if self.tasks is None:
             if not given:
                 raise ConfigError("there are no losses to balance", hint="give one scalar for each task")
             self._begin(list(given))
-        if not given.keys() <= self.known.keys():
-            raise ConfigError(
-                f"there is no task {next(task for task in given if task not in self.known)!r}",
-                hint=f"the tasks are: {', '.join(self.tasks or ())}; name all of them in the first call or in `tasks`",
-            )
         some = {task: loss for task, loss in given.items() if loss is not None}
         if not some:
             return {}, torch.zeros(0)
@@ -250,24 +235,6 @@ class Balancer(ABC):
 
     def _places(self, found: Mapping[str, Tensor]) -> list[int]:
         return [self.known[task] for task in found]
-
-    def _look(self, losses: Sequence[Tensor]) -> None:
-        """Warn of parameters in the graph that were not given: they would silently stay as they are."""
-        known = {id(p) for p in self.trained}
-        waiting, seen, missed = [loss.grad_fn for loss in losses], set(), 0
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            variable = getattr(node, "variable", None)
-            missed += isinstance(variable, nn.Parameter) and id(variable) not in known
-            waiting.extend(each for each, _ in node.next_functions)
-        if missed:
-            warnings.warn(
-                f"the losses reach {missed} parameters that the balancer was not given; give it all that are trained",
-                stacklevel=4,
-            )
 
 
 B = TypeVar("B", bound=type[Balancer])

@@ -33,14 +33,14 @@ SMALL = 1 << 14
 def gram(gradients: Gradients, room: Tensor | None = None) -> Tensor:
     """Inner products `(T, T)` of the tasks' gradients over all parameters, in float64.
 
-    In float32 half the digits would be lost exactly where tasks nearly oppose each other. `room` is that of the last
-    step (`room_for`): memory that is new to the process takes longer to get than the products take.
+    In float32 half the digits would be lost exactly where tasks nearly oppose each other. `room` is memory to work in
+    (`room_on`), that of the last step: memory that is new to the process takes longer to get than the products take.
     """
     size = len(gradients)
     first = next((g for row in gradients for g in row if g is not None), None)
     if first is None:
         return torch.zeros(size, size, dtype=torch.float64)
-    room = room_for(first) if room is None else room
+    room = room_on(place_of(first)) if room is None else room
     found = torch.zeros(size, size, dtype=torch.float64, device=room.device)
     width = max(1, len(room) // size)
     room = room[: size * width].view(size, width)
@@ -56,10 +56,14 @@ def gram(gradients: Gradients, room: Tensor | None = None) -> Tensor:
     return found.triu() + found.triu(1).T
 
 
-def room_for(gradient: Tensor) -> Tensor:
-    """Memory in which `gram` works, for gradients on the device of this one."""
-    device = "cpu" if gradient.device.type == "mps" else gradient.device  # which has no float64
-    return torch.empty(BLOCK.get(gradient.device.type, 1 << 22), dtype=torch.float64, device=device)
+def place_of(gradient: Tensor) -> torch.device:
+    """Where products of such gradients are summed in float64."""
+    return torch.device("cpu") if gradient.device.type == "mps" else gradient.device  # which has no float64
+
+
+def room_on(device: torch.device) -> Tensor:
+    """Memory in which `gram` works."""
+    return torch.empty(BLOCK.get(device.type, 1 << 22), dtype=torch.float64, device=device)
 
 
 def _blocks(gradients: Gradients, width: int) -> Iterator[tuple[int, list[list[Tensor]]]]:
@@ -226,9 +230,14 @@ class GradientBalancer(Balancer):
                 return Gathered(K, gradients, shared, own, touched, looked)
 
     def _gram(self, gradients: Gradients) -> Tensor:
-        if self.room is None:
-            self.room = room_for(self.trained[0])
+        place = place_of(self.trained[0])
+        if self.room is None or self.room.device != place:  # the model has moved
+            self.room = room_on(place)
         return gram(gradients, self.room)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the room to work in."""
+        return {**self.__dict__, "room": None}
 
     def _gradients(self, losses: list[Tensor], keep: bool) -> tuple[list[list[Tensor | None]], dict[int, Lookup]]:
         """By task and parameter; at tables those of the rows that were looked up."""

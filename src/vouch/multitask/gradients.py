@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import isfinite
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from vouch.errors import ConfigError, TrainingError
 
-Losses = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
-"""One scalar a task: named, in a list, or stacked `(T,)`."""
+MaybeLosses = Mapping[str, Tensor | None] | Sequence[Tensor | None] | Tensor
+"""One scalar a task: named, in a list, or stacked `(T,)`. None, or a name left out, where a batch has no label of a task."""
 
 
-def named(losses: Losses) -> dict[str, Tensor]:
-    """The losses by task name (`task 0`, `task 1`, ... where they have none).
+def task_names(tasks: int | Sequence[str]) -> list[str]:
+    """The names of tasks, or `task 0`, `task 1`, ... of a number of them.
 
     Raises:
-        ConfigError: there is none, or one is not a scalar.
-        TrainingError: one is not a finite number; the message names the task.
+        ConfigError: there is none, a name comes twice, or it is one text.
     """
-    found = (
-        dict(losses) if isinstance(losses, Mapping) else {f"task {number}": loss for number, loss in enumerate(losses)}
-    )
-    if not found:
-        raise ConfigError("there are no losses to balance", hint="give one scalar for each task")
-    finite(found)
-    return found
+    if isinstance(tasks, str):
+        raise ConfigError(f"tasks is the text {tasks!r}", hint=f"give a list: tasks=[{tasks!r}, ...]")
+    names = [f"task {k}" for k in range(tasks)] if isinstance(tasks, int) else list(tasks)
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"tasks is {tasks!r}", hint="give the names of the tasks, or how many there are")
+    return names
+
+
+def by_name(losses: MaybeLosses, known: Collection[str]) -> dict[str, Tensor | None]:
+    """The losses by task, those that are None too; unnamed ones take the names of `known` in order, `task 0`, ... if empty.
+
+    Raises:
+        ConfigError: they are not one scalar a task, not as many as tasks, or one is of an unknown task.
+    """
+    if isinstance(losses, Mapping):
+        if known and not losses.keys() <= set(known):
+            raise ConfigError(
+                f"there is no task {next(task for task in losses if task not in known)!r}",
+                hint=f"the tasks are: {', '.join(known)}; name all of them in the first call or in `tasks`",
+            )
+        return dict(losses)
+    if isinstance(losses, Tensor) and losses.ndim != 1:
+        raise ConfigError(f"the losses have the shape {tuple(losses.shape)}", hint="stack one scalar a task")
+    values = list(losses)
+    if known and len(values) != len(known):
+        raise ConfigError(f"{len(values)} losses for {len(known)} tasks", hint="None stands for a task without labels")
+    return dict(zip(known or [f"task {k}" for k in range(len(values))], values, strict=True))
 
 
 def finite(losses: Mapping[str, Tensor]) -> tuple[Tensor, list[float]]:
     """The losses stacked `(T,)`, with their graph, and as numbers, by one look at the device, which waits for it.
 
     Raises:
-        ConfigError: one is not a scalar.
+        ConfigError: one is not a scalar tensor.
         TrainingError: one is not a finite number; the message names the task.
     """
+    for task, loss in losses.items():
+        if not isinstance(loss, Tensor):
+            raise ConfigError(f"the loss of {task!r} is {loss!r}", hint="give a tensor; None for a task without labels")
     stacked = torch.stack(list(losses.values())) if len({loss.shape for loss in losses.values()}) == 1 else None
     if stacked is None or stacked.ndim > 1:
         task, shape = next((task, tuple(loss.shape)) for task, loss in losses.items() if loss.ndim)
@@ -154,6 +176,21 @@ def reached(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[set[
                 found[place[id(variable)]].add(number)
             waiting.extend(each for each, _ in node.next_functions)
     return found
+
+
+def not_given(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> int:
+    """How many other parameters the losses reach: they would silently stay as they are."""
+    known = {id(p) for p in parameters}
+    waiting, seen, missed = [loss.grad_fn for loss in losses], set(), 0
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        missed += isinstance(variable, nn.Parameter) and id(variable) not in known
+        waiting.extend(each for each, _ in node.next_functions)
+    return missed
 
 
 def shared_and_own(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
