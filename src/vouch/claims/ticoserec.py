@@ -92,6 +92,17 @@ class Opposite(_Accuracy):
 
 
 @register_claim
+class Exempt(_Accuracy):
+    """Leaving the most even users alone against augmenting all."""
+
+    variant = "exempt"
+    statement = "Leaving the users of the most even gaps alone has a higher test NDCG@10 than augmenting all of them."
+    baseline = "SASRec, operators placed by time, for all users"
+    baseline_is: ClassVar[tuple[str, dict[str, Any]]] = ("sasrec", augmented("ticoserec", exempt=0.0))
+    reported = "leaving the uniform users alone helps (recalled)"
+
+
+@register_claim
 class Chain(_Accuracy):
     """Where long pauses are known to break the chain."""
 

@@ -17,11 +17,14 @@ MODES: tuple[Mode, ...] = ("minimum", "maximum", "random")
 SIMILAR = Similar((np.arange(50) + 7) % 50, np.ones(50))
 
 
-def ragged(histories: list[list[int]], gaps: list[list[float]]) -> Ragged:
+def ragged(histories: list[list[int]], gaps: list[list[float]], seed: int = 0) -> Ragged:
     bounds = np.concatenate([[0], np.cumsum([len(h) for h in histories])])
     flat = [item for history in histories for item in history]
     return Ragged(
-        np.array(flat, dtype=np.int64), bounds, np.array([g for each in gaps for g in each], dtype=np.float64)
+        np.array(flat, dtype=np.int64),
+        bounds,
+        np.array([g for each in gaps for g in each], dtype=np.float64),
+        np.arange(seed, seed + len(histories), dtype=np.uint64),
     )
 
 
@@ -50,7 +53,7 @@ def window(gaps: list[float], size: int, mode: str) -> int:
 @given(batches(), st.sampled_from(["minimum", "maximum"]), st.floats(0.1, 1.0))
 def test_crop_keeps_the_window_of_the_rule(batch: Any, mode: Any, rate: float) -> None:
     histories, gaps = batch
-    made = pieces(augment.crop(ragged(*batch), rate, mode, np.random.default_rng(0)))
+    made = pieces(augment.crop(ragged(*batch), rate, mode))
     for history, own, got in zip(histories, gaps, made, strict=True):
         size = int(augment.portion(rate, np.array([len(history)]))[0])
         if size <= 2:
@@ -63,7 +66,7 @@ def test_crop_keeps_the_window_of_the_rule(batch: Any, mode: Any, rate: float) -
 @given(batches(), st.sampled_from(MODES), st.floats(0.1, 1.0))
 def test_reorder_moves_nothing_outside_its_window(batch: Any, mode: Any, rate: float) -> None:
     histories, gaps = batch
-    made = pieces(augment.reorder(ragged(*batch), rate, mode, np.random.default_rng(0)))
+    made = pieces(augment.reorder(ragged(*batch), rate, mode))
     for history, own, got in zip(histories, gaps, made, strict=True):
         size = int(augment.portion(rate, np.array([len(history)]))[0])
         assert sorted(got) == sorted(history)
@@ -80,7 +83,7 @@ def test_reorder_moves_nothing_outside_its_window(batch: Any, mode: Any, rate: f
 @given(batches(), st.sampled_from(MODES), st.floats(0.1, 1.0))
 def test_mask_hides_as_many_as_asked(batch: Any, mode: Any, rate: float) -> None:
     histories, gaps = batch
-    made = pieces(augment.mask(ragged(*batch), rate, mode, np.random.default_rng(0)))
+    made = pieces(augment.mask(ragged(*batch), rate, mode))
     for history, own, got in zip(histories, gaps, made, strict=True):
         count = int(augment.portion(rate, np.array([len(history)]))[0])
         hidden = [i for i, item in enumerate(got) if item == MASK]
@@ -94,7 +97,7 @@ def test_mask_hides_as_many_as_asked(batch: Any, mode: Any, rate: float) -> None
 @given(batches(), st.sampled_from(MODES), st.floats(0.1, 1.0))
 def test_substitute_keeps_the_length_and_changes_as_many_as_asked(batch: Any, mode: Any, rate: float) -> None:
     histories, _ = batch
-    made = pieces(augment.substitute(ragged(*batch), rate, mode, SIMILAR, np.random.default_rng(0)))
+    made = pieces(augment.substitute(ragged(*batch), rate, mode, SIMILAR))
     for history, got in zip(histories, made, strict=True):
         count = max(1, int(augment.portion(rate, np.array([len(history)]))[0])) if len(history) > 1 else 0
         changed = [(a, b) for a, b in zip(history, got, strict=True) if a != b]
@@ -104,11 +107,10 @@ def test_substitute_keeps_the_length_and_changes_as_many_as_asked(batch: Any, mo
 @given(batches(), st.sampled_from(MODES), st.floats(0.1, 1.0))
 def test_what_insert_adds_can_be_taken_out_again(batch: Any, mode: Any, rate: float) -> None:
     histories, gaps = batch
-    made = pieces(augment.insert(ragged(*batch), rate, mode, SIMILAR, np.random.default_rng(0)))
+    made = pieces(augment.insert(ragged(*batch), rate, mode, SIMILAR))
     for history, own, got in zip(histories, gaps, made, strict=True):
         count = max(1, int(augment.portion(rate, np.array([len(history)]))[0]))
         assert len(got) == len(history) + count
-        chosen = range(len(history))
         if mode != "random":
             sign = 1 if mode == "minimum" else -1
             chosen = sorted(sorted(range(len(own)), key=lambda i: (sign * own[i], i))[:count])
@@ -122,7 +124,7 @@ def test_what_insert_adds_can_be_taken_out_again(batch: Any, mode: Any, rate: fl
 def test_least_and_greatest_gaps_are_apart(batch: Any, k: int) -> None:
     made = ragged(*batch)
     count = np.minimum(k, made.lengths // 2)
-    low, high = (augment.choose(made, count, mode, np.random.default_rng(0)) for mode in ("minimum", "maximum"))
+    low, high = (augment.choose(made, count, mode) for mode in ("minimum", "maximum"))
     assert not (low & high).any() and low.sum() == high.sum() == count.sum()
 
 
@@ -132,27 +134,27 @@ def test_the_unit_of_time_changes_nothing(batch: Any, unit: int, mode: Any) -> N
     histories, gaps = batch
     one, other = ragged(histories, gaps), ragged(histories, [[g * unit for g in each] for each in gaps])
     for operator in (augment.crop, augment.reorder, augment.mask):
-        a, b = (operator(each, 0.6, mode, np.random.default_rng(1)) for each in (one, other))
+        a, b = (operator(each, 0.6, mode) for each in (one, other))
         assert a.items.tolist() == b.items.tolist()
     for operator_with in (augment.substitute, augment.insert):
-        a, b = (operator_with(each, 0.4, mode, SIMILAR, np.random.default_rng(1)) for each in (one, other))
+        a, b = (operator_with(each, 0.4, mode, SIMILAR) for each in (one, other))
         assert a.items.tolist() == b.items.tolist()
 
 
 def test_equal_gaps_are_decided_by_the_rule_for_ties() -> None:
     even = ragged([list(range(10))], [[0.1] * 10])
-    assert pieces(augment.crop(even, 0.5, "minimum", np.random.default_rng(0))) == [[5, 6, 7, 8, 9]]  # the latest
-    assert pieces(augment.mask(even, 0.2, "maximum", np.random.default_rng(0))) == [[MASK, MASK, *range(2, 10)]]
+    assert pieces(augment.crop(even, 0.5, "minimum")) == [[5, 6, 7, 8, 9]]  # the latest
+    assert pieces(augment.mask(even, 0.2, "maximum")) == [[MASK, MASK, *range(2, 10)]]
 
 
 def test_ties_do_not_depend_on_the_size_of_the_batch() -> None:
     random = np.random.default_rng(0)
     gaps = [[float(g) for g in random.integers(0, 3, 20) * 0.1] for _ in range(3_000)]
     many = ragged([list(range(20))] * 3_000, gaps)
-    together = augment.windows(many, np.full(3_000, 5), "minimum", random)
+    together = augment.windows(many, np.full(3_000, 5), "minimum")
     for row in range(0, 3_000, 7):
         alone = ragged([list(range(20))], [gaps[row]])
-        assert together[row] == augment.windows(alone, np.array([5]), "minimum", random)[0]
+        assert together[row] == augment.windows(alone, np.array([5]), "minimum")[0]
 
 
 def test_a_shift_of_all_times_changes_nothing() -> None:
@@ -162,7 +164,7 @@ def test_a_shift_of_all_times_changes_nothing() -> None:
     for shift in (0, 10**9):
         gaps = (np.diff(times + shift) / 86_400).tolist()
         for operator in (augment.crop, augment.reorder, augment.mask):
-            made = operator(ragged([list(range(7))], [gaps]), 0.6, "minimum", np.random.default_rng(0))
+            made = operator(ragged([list(range(7))], [gaps]), 0.6, "minimum")
             found.append(pieces(made))
     assert found[:3] == found[3:]
 
@@ -170,25 +172,24 @@ def test_a_shift_of_all_times_changes_nothing() -> None:
 def test_long_times_keep_their_digits() -> None:
     """Seconds over decades, differing by one second: the windows still come by their variance."""
     gaps = [1.0e9, 1.0e9 + 1, 1.0e9 + 2, 1.0e9, 1.0e9, 1.0e9, 1.0e9 + 5, 1.0e9]
-    made = augment.crop(ragged([list(range(8))], [gaps]), 0.5, "minimum", np.random.default_rng(0))
+    made = augment.crop(ragged([list(range(8))], [gaps]), 0.5, "minimum")
     assert pieces(made) == [[3, 4, 5, 6]]  # inner gaps 3, 4 and 5 are equal
 
 
 def test_single_items_stay_but_may_gain_one() -> None:
     one = ragged([[3]], [[1.0]])
-    random = np.random.default_rng(0)
-    assert pieces(augment.crop(one, 0.5, "minimum", random)) == [[3]]
-    assert pieces(augment.mask(one, 0.5, "maximum", random)) == [[3]]
-    assert pieces(augment.reorder(one, 0.5, "minimum", random)) == [[3]]
-    assert pieces(augment.substitute(one, 0.5, "minimum", SIMILAR, random)) == [[3]]
-    assert pieces(augment.insert(one, 0.5, "maximum", SIMILAR, random)) == [[3, 10]]
+    assert pieces(augment.crop(one, 0.5, "minimum")) == [[3]]
+    assert pieces(augment.mask(one, 0.5, "maximum")) == [[3]]
+    assert pieces(augment.reorder(one, 0.5, "minimum")) == [[3]]
+    assert pieces(augment.substitute(one, 0.5, "minimum", SIMILAR)) == [[3]]
+    assert pieces(augment.insert(one, 0.5, "maximum", SIMILAR)) == [[3, 10]]
 
 
 def test_items_without_a_neighbour_get_a_random_one() -> None:
     lonely = Similar(np.array([-1, 0]), np.array([0.0, 1.0]))
-    found = lonely.of(np.zeros(200, dtype=np.int64), np.random.default_rng(0))
-    assert set(found.tolist()) == {0, 1}
-    assert lonely.of(np.ones(5, dtype=np.int64), np.random.default_rng(0)).tolist() == [0] * 5
+    chance = np.array([0.0, 0.499, 0.5, 0.999])
+    assert lonely.of(np.zeros(4, dtype=np.int64), chance).tolist() == [0, 0, 1, 1]
+    assert lonely.of(np.ones(4, dtype=np.int64), chance).tolist() == [0] * 4
 
 
 def test_the_better_candidate_wins() -> None:
@@ -206,8 +207,45 @@ def test_pieces_are_joined_in_their_places_and_cut_to_the_latest() -> None:
     assert pieces(made) == [[4], [6, 7, 8], [1, 2, 3]]
 
 
-@pytest.mark.parametrize("mode", ["random"])
-def test_random_windows_reach_every_place(mode: Any) -> None:
-    many = ragged([list(range(6))] * 500, [[0.0] * 6] * 500)
-    firsts = {piece[0] for piece in pieces(augment.crop(many, 0.5, mode, np.random.default_rng(0)))}
-    assert firsts == {0, 1, 2, 3}
+def test_random_windows_are_as_likely_at_every_place() -> None:
+    many = ragged([list(range(6))] * 4_000, [[0.0] * 6] * 4_000)
+    firsts = [piece[0] for piece in pieces(augment.crop(many, 0.5, "random"))]
+    counts = np.bincount(firsts)
+    assert len(counts) == 4 and abs(counts - 1_000).max() < 120  # over four standard deviations
+
+
+def test_random_events_are_as_likely_at_every_place_and_independent() -> None:
+    many = ragged([list(range(10))] * 4_000, [[0.0] * 10] * 4_000)
+    hidden = np.array([[item == MASK for item in piece] for piece in pieces(augment.mask(many, 0.3, "random"))])
+    assert abs(hidden.mean(0) - 0.3).max() < 0.03
+    together = np.corrcoef(hidden.T)[~np.eye(10, dtype=bool)]  # three of ten: -1/9 between any two
+    assert abs(together + 1 / 9).max() < 0.08
+    assert abs(np.corrcoef(hidden[:-1, 0], hidden[1:, 0])[0, 1]) < 0.08  # neighbouring seeds
+
+
+def test_shuffles_are_as_likely_in_every_order() -> None:
+    many = ragged([list(range(3))] * 6_000, [[0.0] * 3] * 6_000)
+    orders = [tuple(piece) for piece in pieces(augment.reorder(many, 1.0, "minimum"))]
+    counts = [orders.count(order) for order in set(orders)]
+    assert len(counts) == 6 and max(abs(count - 1_000) for count in counts) < 130
+
+
+@pytest.mark.parametrize("name", ["crop", "reorder", "mask"])
+def test_what_becomes_of_a_history_depends_on_its_seed_alone(name: str) -> None:
+    histories, gaps = [list(range(n)) for n in (8, 5, 12)], [[0.0] * n for n in (8, 5, 12)]
+    operator = getattr(augment, name)
+    whole = ragged(histories, gaps)
+    together = pieces(operator(whole, 0.6, "random"))
+    for row in range(3):
+        assert pieces(operator(whole.take(np.array([row])), 0.6, "random")) == [together[row]]
+    others = [pieces(operator(ragged(histories, gaps, seed), 0.6, "random")) for seed in range(3, 30, 3)]
+    assert any(other != together for other in others)
+
+
+def test_kinds_of_chance_are_apart() -> None:
+    some = ragged([[0] * 50] * 200, [[0.0] * 50] * 200)
+    drawn = [some.chance(use) for use in augment.Use]
+    assert all(x.min() >= 0 and x.max() < 1 for x in drawn)
+    assert abs(np.asarray(np.corrcoef(drawn))[~np.eye(len(drawn), dtype=bool)]).max() < 0.3
+    events = some.chances(augment.Use.ORDER)
+    assert len(np.unique(events)) == 10_000 and abs(events.mean() - 0.5) < 0.015

@@ -12,7 +12,8 @@ import torch
 from vouch.data import Dataset, Interactions, Queries, Split, Vocabulary, split
 from vouch.data.graphs import co_occurrence
 from vouch.errors import ConfigError, DataError
-from vouch.recommenders.sequential.contrast import flattened, from_graph, from_vectors, pair_contrast
+from vouch.recommenders.sequential.augment import Ragged
+from vouch.recommenders.sequential.contrast import Contrastive, flattened, from_graph, from_vectors, pair_contrast
 from vouch.recommenders.sequential.parts import Histories, Setup
 from vouch.recommenders.sequential.sasrec import SASRec
 from vouch.recommenders.sequential.ticoserec import TiCoSeRec, TimeIntervals, TimeRatesConfig, unevenness
@@ -76,23 +77,66 @@ def test_exactly_the_most_even_share_is_left_alone(timed: Split, share: float) -
         return
     exempt, others = np.flatnonzero(made.exempt), np.flatnonzero(~made.exempt)
     histories = some_histories(timed, [*exempt[:5], *others[:5]])
-    items, bounds = made.view(histories, np.random.default_rng(0))
+    items, bounds = made.view(histories, 0)
     rows, own = histories.rows()
     whole = timed.train.item[rows]
     for row in range(5):
         assert items[bounds[row] : bounds[row + 1]].tolist() == whole[own[row] : own[row + 1]][-10:].tolist()
 
 
+def test_among_equally_even_users_the_first_are_left_alone() -> None:
+    """Gaps of one day for all but two users, who come first."""
+    gaps = np.ones((10, 6))
+    gaps[:2, 2] = 50.0
+    log = Interactions.from_codes(
+        Vocabulary.of_numbers(np.arange(10)),
+        Vocabulary.of_numbers(np.arange(7)),
+        np.repeat(np.arange(10), 7),
+        np.tile(np.arange(7), 10).astype(np.int32),
+        columns={"time": (np.cumsum(np.column_stack([np.zeros(10), gaps]), 1) * DAY).astype(np.int64).ravel()},
+    )
+    made = intervals(split(Dataset.of(log)), exempt=0.35)
+    assert np.flatnonzero(made.exempt).tolist() == [2, 3, 4]
+
+
+def test_a_view_does_not_depend_on_the_batch(timed: Split) -> None:
+    made = intervals(timed, exempt=0.0, short=5)
+    users = list(range(40))
+
+    def views(order: list[int], seed: int) -> dict[int, list[int]]:
+        items, bounds = made.view(some_histories(timed, order), seed)
+        return {user: items[bounds[row] : bounds[row + 1]].tolist() for row, user in enumerate(order)}
+
+    whole = views(users, 1)
+    assert views(users[::-1], 1) == whole
+    assert {**views(users[:7], 1), **views(users[7:], 1)} == whole
+    other = views(users, 2)
+    assert sum(whole[user] != other[user] for user in users) > 30
+
+
+def test_batches_of_any_size_have_the_same_views(timed: Split) -> None:
+    model = TiCoSeRec(**SMALL, **{"contrastive.warmup_epochs": 0})
+    objective = model.begin(timed)
+    found: list[dict[int, list[list[int]]]] = []
+    for size in (4, 16):
+        batches = model.__class__(**{**SMALL, "batch_size": size}, every_window=False)
+        batches.prepare(timed.train)
+        of: dict[int, list[list[int]]] = {}
+        for batch in batches.batches(timed.train, objective.draws()).epoch(np.random.default_rng([7, 1]), 0, 1):
+            items, lengths = batch.extra["contrastive"]
+            own = [row[:n].tolist() for row, n in zip(items, lengths.tolist(), strict=True)]
+            of.update({u: own[b :: len(batch.user)] for b, u in enumerate(batch.user.tolist())})
+        found.append(of)
+    assert found[0] == found[1] and len(found[0]) == 40
+    assert sum(one != two for one, two in found[0].values()) > 10  # the two views of a history are not one
+
+
 def test_short_histories_are_neither_cropped_nor_shuffled(timed: Split) -> None:
     made = intervals(timed, short=12, exempt=0.0)
     histories = some_histories(timed, list(range(40)))
-    picked = []
-    for seed in range(30):
-        rows, bounds = histories.rows()
-        from vouch.recommenders.sequential.augment import Ragged
-
-        flat = Ragged(timed.train.item[rows].astype(np.int64), bounds, np.zeros(len(rows)))
-        picked.append(made.pick(flat, histories, np.random.default_rng(seed)))
+    rows, bounds = histories.rows()
+    items, no_gaps, first = timed.train.item[rows].astype(np.int64), np.zeros(len(rows)), np.arange(40, dtype=np.uint64)
+    picked = [made.pick(Ragged(items, bounds, no_gaps, first + np.uint64(40 * k)), histories) for k in range(30)]
     lengths, chosen = histories.stop - histories.start, np.stack(picked)
     assert set(chosen[:, lengths <= 12].ravel()) == {0, 1, 2}
     assert set(chosen[:, lengths > 12].ravel()) == {0, 1, 2, 3, 4}
@@ -186,6 +230,47 @@ def test_flattened_views_meet_at_their_ends() -> None:
     hidden = torch.arange(12.0).view(2, 3, 2) + 1
     made = flattened(hidden, torch.tensor([3, 1]))
     assert made[0].tolist() == [1, 2, 3, 4, 5, 6] and made[1].tolist() == [0, 0, 0, 0, 7, 8]
+
+
+def test_padding_comes_before_short_views_as_published(timed: Split) -> None:
+    hidden, before = torch.arange(12.0).view(2, 3, 2) + 1, -torch.arange(8.0).view(4, 2)
+    made = flattened(hidden, torch.tensor([3, 1]), before)
+    assert made[0].tolist() == [0, -1, 1, 2, 3, 4, 5, 6]
+    assert made[1].tolist() == [0, -1, -2, -3, -4, -5, 7, 8]
+
+    model = TiCoSeRec(**SMALL, dropout=0.0, **{"contrastive.warmup_epochs": 0, "contrastive.temperature": 5.0})
+    torch.manual_seed(0)
+    objective = model.begin(timed)
+    term, encoder = objective.terms["contrastive"], objective.encoder
+    assert isinstance(term, Contrastive)
+    batches = model.batches(timed.train, objective.draws()).epoch(np.random.default_rng(0), 0, 1)
+    batch = min((b for b in batches if len(b.user) > 1), key=lambda b: b.items.shape[1])
+    items, lengths = batch.extra["contrastive"]
+    assert items.shape[1] < 10
+    past = encoder(torch.full((1, 10), -1), torch.tensor([10]))[0]
+    rows = []
+    for row, n in zip(items, lengths.tolist(), strict=True):
+        rows.append(torch.cat([past[: 10 - n], encoder(row[None, :n], torch.tensor([n]))[0]]).flatten())
+    one, two = torch.stack(rows).chunk(2)
+    want = 0.1 * pair_contrast(one, two, 5.0, batch.user)
+    assert objective.loss(batch)["contrastive"].item() == pytest.approx(want.item(), rel=1e-4)
+    # more columns of padding in a batch change nothing
+    wide = (torch.cat([items, torch.full((len(items), 1), -1)], 1), lengths)
+    again = objective.loss(batch._replace(extra={"contrastive": wide}))["contrastive"]
+    assert again.item() == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_the_optimizer_is_the_papers(timed: Split) -> None:
+    """Adam with the decay in the gradient: a parameter whose loss is flat still moves by the learning rate."""
+    model = TiCoSeRec(**SMALL, learning_rate=0.01)
+    weight = torch.nn.Parameter(torch.tensor([3.0]))
+    holder = torch.nn.Module()
+    holder.weight = weight
+    optimizer = model.optimizer(holder)
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
+    weight.grad = torch.zeros(1)
+    optimizer.step()
+    assert weight.item() == pytest.approx(2.99, abs=1e-4)
 
 
 def test_without_weight_it_is_sasrec_step_for_step(timed: Split) -> None:

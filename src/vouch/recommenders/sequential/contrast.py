@@ -17,7 +17,7 @@ from vouch.config import Config, setting
 from vouch.data.graphs import cached, co_occurrence
 from vouch.nn.transformer import Context
 from vouch.recommenders.sequential import augment
-from vouch.recommenders.sequential.augment import Mode, Ragged, Similar
+from vouch.recommenders.sequential.augment import Mode, Ragged, Similar, Use
 from vouch.recommenders.sequential.base import SequenceEncoder, SequentialRecommender
 from vouch.recommenders.sequential.batches import SequenceBatch
 from vouch.recommenders.sequential.parts import Augmentation, Histories, Setup, Term, part
@@ -30,7 +30,9 @@ class ContrastiveConfig(Config):
 
     weight: float = setting(0.1, "weight of the loss", ge=0)
     temperature: float = setting(1.0, "of the softmax", gt=0)
-    of: Literal["all", "last"] = setting("all", "what represents a view: all its outputs end to end, or the last one")
+    of: Literal["all", "padded", "last"] = setting(
+        "all", "what represents a view: all its outputs end to end, the same with padding before them, or the last one"
+    )
     cosine: bool = setting(False, "compare directions only")
     warmup_epochs: int = setting(0, "first epochs without it", ge=0)
 
@@ -60,13 +62,17 @@ def dense(items: NDArray[np.int64], bounds: NDArray[np.int64]) -> tuple[Tensor, 
     return torch.from_numpy(out), torch.from_numpy(lengths)
 
 
-def flattened(hidden_BTD: Tensor, lengths: Tensor) -> Tensor:
-    """All outputs end to end `(B, T D)`, the last of each history in the same place, zeros where there is none."""
-    T = hidden_BTD.shape[1]
-    place = torch.arange(T, device=hidden_BTD.device)
-    source = place - (T - lengths.unsqueeze(1))  # right-aligned
-    moved = hidden_BTD.gather(1, source.clamp(min=0).unsqueeze(-1).expand_as(hidden_BTD))
-    return moved.masked_fill((source < 0).unsqueeze(-1), 0.0).flatten(1)
+def flattened(hidden_BTD: Tensor, lengths: Tensor, before_LD: Tensor | None = None) -> Tensor:
+    """All outputs end to end, `(B, T D)` or `(B, L D)`, the last of each history in the same place.
+
+    Where a history has none there are zeros, or the outputs `before_LD` of so many places, at least `T`.
+    """
+    B, T, D = hidden_BTD.shape
+    L = T if before_LD is None else len(before_LD)
+    source = torch.arange(L, device=hidden_BTD.device) - (L - lengths.unsqueeze(1))  # right-aligned
+    moved = hidden_BTD.gather(1, source.clamp(min=0).unsqueeze(-1).expand(B, L, D))
+    before = hidden_BTD.new_zeros(()) if before_LD is None else before_LD.to(moved.dtype)
+    return torch.where((source < 0).unsqueeze(-1), before, moved).flatten(1)
 
 
 @part("objective", "contrastive", "agreement between two augmented views of a history")
@@ -85,17 +91,21 @@ class Contrastive(Term):
     def __init__(self, settings: ContrastiveConfig, setup: Setup) -> None:
         super().__init__(settings, setup)
         assert setup.augmentation is not None
-        self.augmentation = setup.augmentation
+        self.augmentation, self.longest = setup.augmentation, int(setup.recommender.reads)
 
     def active(self) -> bool:
         """Only with a weight."""
         return bool(self.settings.weight > 0)
 
     def draw(self, histories: Histories, generator: np.random.Generator) -> Any:
-        """Two views, one under the other: codes `(2B, T)` and lengths `(2B,)`."""
+        """Two views, one under the other: codes `(2B, T)` and lengths `(2B,)`.
+
+        They come from the seed of the epoch's generator, not from its state: other batches give the same views.
+        """
         if self.epoch <= self.settings.warmup_epochs:
             return None
-        views = [self.augmentation.view(histories, generator) for _ in range(2)]
+        seeds = generator.bit_generator.seed_seq.generate_state(2, np.uint64)
+        views = [self.augmentation.view(histories, int(seed)) for seed in seeds]
         items = np.concatenate([items for items, _ in views])
         bounds = np.concatenate([views[0][1], views[0][1][-1] + views[1][1][1:]])
         return dense(items, bounds)
@@ -111,11 +121,19 @@ class Contrastive(Term):
         hidden = encoder(items, lengths)
         if self.settings.of == "all":
             z = flattened(hidden, lengths)
+        elif self.settings.of == "padded":
+            z = flattened(hidden, lengths, self.padding(encoder, items))
         else:
             z = hidden[torch.arange(len(items), device=items.device), lengths - 1]
         z = F.normalize(z.float(), dim=-1) if self.settings.cosine else z
         one, two = z.chunk(2)
         return {"contrastive": self.settings.weight * pair_contrast(one, two, self.settings.temperature, batch.user)}
+
+    def padding(self, encoder: SequenceEncoder, like: Tensor) -> Tensor:
+        """The outputs `(L, D)` of places before a history: they see no item, so they are the same for all."""
+        nothing = torch.full((1, self.longest), -1, device=like.device)
+        found: Tensor = encoder(nothing, torch.tensor([self.longest], device=like.device))[0]
+        return found
 
 
 def one_vector(recommender: SequentialRecommender) -> str | None:
@@ -171,30 +189,33 @@ class _Operators(Augmentation):
         del histories, bounds
         return np.zeros(len(rows))
 
-    def pick(self, ragged: Ragged, histories: Histories, generator: np.random.Generator) -> NDArray[np.int64]:
+    def pick(self, ragged: Ragged, histories: Histories) -> NDArray[np.int64]:
         """The operator of each history `(B,)`, as its number in `operators`; -1 leaves it as it is."""
         del histories
-        return generator.integers(0, len(self.operators), len(ragged.lengths))
+        return augment.below(len(self.operators), ragged.chance(Use.OPERATOR))
 
-    def view(self, histories: Histories, generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def view(self, histories: Histories, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Each history under an operator of its own."""
         rows, bounds = histories.rows()
-        ragged = Ragged(histories.log.item[rows].astype(np.int64), bounds, self.gaps(histories, rows, bounds))
-        picked = self.pick(ragged, histories, generator)
+        items, gaps = histories.log.item[rows].astype(np.int64), self.gaps(histories, rows, bounds)
+        # a history is known by its first row in the log
+        seeds = augment.scrambled(np.array([seed], np.uint64)) + histories.start.astype(np.uint64)
+        ragged = Ragged(items, bounds, gaps, seeds)
+        picked = self.pick(ragged, histories)
         pieces, places = [], []
         for number in range(-1, len(self.operators)):
             mine = np.flatnonzero(picked == number)
             if len(mine):
                 part = ragged.take(mine)
-                pieces.append(part if number < 0 else self.apply(self.operators[number], part, generator))
+                pieces.append(part if number < 0 else self.apply(self.operators[number], part))
                 places.append(mine)
         made = augment.join(pieces, places, self.longest)
         return made.items, made.bounds
 
-    def apply(self, operator: str, ragged: Ragged, generator: np.random.Generator) -> Ragged:
+    def apply(self, operator: str, ragged: Ragged) -> Ragged:
         """One operator."""
         plain = {"crop": augment.crop, "mask": augment.mask, "reorder": augment.reorder}[operator]
-        return plain(ragged, getattr(self.settings, operator), self.mode(operator), generator)
+        return plain(ragged, getattr(self.settings, operator), self.mode(operator))
 
 
 @part("augment", "cl4srec", "crop, mask or reorder at random places")
@@ -240,17 +261,17 @@ class CoSeRec(_Operators):
         self.memory = from_graph(setup)
         self.now = self.memory
 
-    def pick(self, ragged: Ragged, histories: Histories, generator: np.random.Generator) -> NDArray[np.int64]:
+    def pick(self, ragged: Ragged, histories: Histories) -> NDArray[np.int64]:
         """Uniform over all five, or over the first three where the history is short."""
         del histories
-        return generator.integers(0, np.where(ragged.lengths > self.settings.short, 5, 3))
+        return augment.below(np.where(ragged.lengths > self.settings.short, 5, 3), ragged.chance(Use.OPERATOR))
 
-    def apply(self, operator: str, ragged: Ragged, generator: np.random.Generator) -> Ragged:
+    def apply(self, operator: str, ragged: Ragged) -> Ragged:
         """One operator; two of them need similar items."""
         if operator not in ("substitute", "insert"):
-            return super().apply(operator, ragged, generator)
+            return super().apply(operator, ragged)
         with_items = augment.substitute if operator == "substitute" else augment.insert
-        return with_items(ragged, getattr(self.settings, operator), self.mode(operator), self.similar(), generator)
+        return with_items(ragged, getattr(self.settings, operator), self.mode(operator), self.similar())
 
     def begin_epoch(self, epoch: int) -> None:
         """Compare the item vectors anew where they count."""

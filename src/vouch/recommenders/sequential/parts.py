@@ -141,8 +141,11 @@ class Augmentation(Part, ABC):
         """Called before each epoch, counted from 1."""
 
     @abstractmethod
-    def view(self, histories: Histories, generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """New histories: item codes `(m,)` end to end (`MASK` where hidden), and the bounds `(B + 1,)` of each."""
+    def view(self, histories: Histories, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """New histories: item codes `(m,)` end to end (`MASK` where hidden), and the bounds `(B + 1,)` of each.
+
+        Chance comes from `seed` and the history alone: in another batch the same history gets the same view.
+        """
 
 
 class Term(Part, nn.Module, ABC):

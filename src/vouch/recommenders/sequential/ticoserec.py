@@ -6,8 +6,15 @@ gaps vary least are left alone. Use them with any encoder: `augment="ticoserec"`
 
 What differs from the released code, which has each of these otherwise: the most similar item is the one of the highest
 similarity; the users left alone are those of the smallest variance in the training part, events at one moment counted
-once, ties by user code; the variance of a window takes all its gaps. Padding has no part in the flattened views, and
-another history of the same user is no negative. A history longer than a window is augmented window by window.
+once, ties by user code; the variance of a window takes all its gaps. A hidden item is a zero vector that is attended to
+like any other. Another history of the same user is no negative. A history longer than a window is augmented window by
+window. Chance is drawn from the run's seed, the epoch and the history alone, whatever the batches are.
+Only gaps count, so times before 1970 are as good as any; a log is sorted by time when it is made.
+
+As published, outputs of padding have a part in the flattened views (`contrastive.of="padded"`; here they see no item,
+in the released code all of them), and the optimizer is Adam with its decay in the gradient. The part alone, as in
+`augment="ticoserec"` with another method, leaves padding out and the optimizer as it is. There is one `dropout` (0.5);
+the paper has 0.2 for attention weights.
 """
 
 from __future__ import annotations
@@ -15,7 +22,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from vouch.config import setting
 from vouch.data import Interactions
@@ -91,9 +100,9 @@ class TimeIntervals(CoSeRec):
         after = np.where(rows + 1 < known, rows + 1, rows)
         return (time[after] - time[rows]) / DAY
 
-    def pick(self, ragged: Ragged, histories: Histories, generator: np.random.Generator) -> NDArray[np.int64]:
+    def pick(self, ragged: Ragged, histories: Histories) -> NDArray[np.int64]:
         """As CoSeRec, but the users of even gaps are left alone."""
-        return np.where(self.exempt[histories.user], -1, super().pick(ragged, histories, generator))
+        return np.where(self.exempt[histories.user], -1, super().pick(ragged, histories))
 
 
 class TiCoSeRecConfig(SASRecConfig):
@@ -101,7 +110,8 @@ class TiCoSeRecConfig(SASRecConfig):
 
     augment: str = setting("ticoserec", "how other views of a history are made")
     parts: dict[str, dict[str, Any]] = setting(
-        {"contrastive": {"weight": 0.1, "temperature": 1.0, "warmup_epochs": 40}}, "settings of the parts"
+        {"contrastive": {"weight": 0.1, "temperature": 1.0, "warmup_epochs": 40, "of": "padded"}},
+        "settings of the parts",
     )
     loss: Loss = setting("bce", "next-item loss at every position")
     hidden_size: int = setting(128, "length of the item and query vectors", ge=2)
@@ -109,7 +119,7 @@ class TiCoSeRecConfig(SASRecConfig):
     epochs: int = setting(350, "most passes over the training log", ge=1)
     monitor: str = setting("NDCG@20", "validation metric that picks the best epoch and stops training")
     patience: int = setting(150, "validations without a better value before training stops", ge=1)
-    weight_decay: float = setting(1e-6, "decoupled weight decay", ge=0)
+    weight_decay: float = setting(1e-6, "weight decay, a part of the gradient", ge=0)
 
 
 @register(
@@ -127,3 +137,10 @@ class TiCoSeRec(SASRec):
     """SASRec with time-interval-aware contrast."""
 
     Config = TiCoSeRecConfig
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Adam with its usual betas, as published."""
+        config = self.config
+        return torch.optim.Adam(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
