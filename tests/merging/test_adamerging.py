@@ -16,6 +16,7 @@ from vouch.merging.arithmetic import average, task_arithmetic
 from vouch.merging.states import Family
 from vouch.merging.stored import read_record, save_state
 from vouch.merging.ties import ties
+from vouch.merging.unlabelled import Endless
 
 TASKS, CLASSES = ("east", "west", "north"), 4
 
@@ -101,6 +102,8 @@ def test_the_gradient_is_autograds_and_that_of_finite_differences(world: World, 
     g = torch.Generator().manual_seed(1)
     mixture.raw.data = torch.rand(mixture.raw.shape, generator=g, dtype=torch.float64)
     mixture.raw.data.view(-1)[:2] = torch.tensor([-0.2, 1.4])
+    if by == "layer":  # at the ends themselves the gradient is passed on
+        mixture.raw.data.view(-1)[-2:] = torch.tensor([0.0, 1.0])
     x = {task: world.inputs[task][:32].double() for task in TASKS}
 
     def total(theta: dict[str, Tensor]) -> Tensor:
@@ -168,6 +171,10 @@ def test_labels_are_not_read(world: World) -> None:
     right = world.merge({t: (world.inputs[t], world.labels[t]) for t in TASKS}, steps=20)
     wrong = world.merge({t: (world.inputs[t], world.labels[t].flip(0)) for t in TASKS}, steps=20)
     assert torch.equal(plain.coefficients, right.coefficients) and torch.equal(plain.coefficients, wrong.coefficients)
+    assert torch.equal(plain.coefficients, world.merge(steps=20).coefficients)
+    assert not torch.equal(plain.coefficients, world.merge(steps=20, seed=1).coefficients)
+    rows = [Endless(task, torch.arange(50.0), 50, 0).next()[0] for task in ("east", "west")]
+    assert not torch.equal(*rows) and torch.equal(rows[0].sort().values, torch.arange(50.0))
     control = world.merge({t: (world.inputs[t], world.labels[t]) for t in TASKS}, steps=20, objective="labels")
     assert not torch.equal(control.coefficients, plain.coefficients)
     with pytest.raises(DataError, match="no labels of task 'east'"):
@@ -257,17 +264,63 @@ def test_batches_of_any_kind(world: World) -> None:
     assert seen == [(1, (6, 3)), (2, (6, 3)), (3, (6, 3))]
 
 
-def test_scaling_divides_by_log_classes(world: World) -> None:
-    """With as many classes everywhere it is one factor, which Adam does not see."""
-    plain, scaled = world.merge(steps=5), world.merge(steps=5, scale=True)
-    torch.testing.assert_close(plain.coefficients, scaled.coefficients, atol=1e-4, rtol=0)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"scale": True},
+        {"clamp": False},
+        {"start": 0.995},
+        {"start": 0.995, "clamp": False},
+        {"objective": "labels"},
+    ],
+)
+def test_the_learning_is_that_of_a_plain_loop(world: World, settings: dict[str, Any]) -> None:
+    """A graph through the sum of all models, torch's Adam with its own betas, tasks of 4, 9 and 4 classes."""
+    heads = {**world.heads, "west": nn.Linear(6, 9).requires_grad_(False)}
+    batches = {t: list(zip(world.inputs[t].split(40), world.labels[t].split(40), strict=True)) for t in TASKS}
+    found = adamerging(world.network, world.base, world.models, batches, heads, steps=7, learning_rate=0.02, collapse=0,
+                       **settings)  # fmt: skip
+    names = list(world.base)
+    raw = torch.full((len(names), 3), settings.get("start", 0.3), requires_grad=True)
+    optimizer, network = torch.optim.Adam([raw], lr=0.02), Encoder().eval()
+    entropies: dict[str, list[float]] = {task: [] for task in TASKS}
+    for step in range(7):
+        used = raw.clamp(0, 1) if settings.get("clamp", True) else raw
+        theta = {
+            name: world.base[name]
+            + sum(used[at, k] * (world.models[t][name] - world.base[name]) for k, t in enumerate(TASKS))
+            for at, name in enumerate(names)
+        }
+        total = torch.zeros(())
+        for task in TASKS:
+            seen = []
+            for x, y in (batches[task] * 2)[2 * step : 2 * step + 2]:
+                logits = heads[task](torch.func.functional_call(network, theta, (x,)))
+                p = logits.softmax(1)
+                seen.append(-(p * p.log()).sum(1).mean())
+                loss = F.cross_entropy(logits, y) if settings.get("objective") else seen[-1]
+                total = total + (loss / math.log(logits.shape[1]) if settings.get("scale") else loss)
+            entropies[task].append(float(sum(seen).detach()) / 2)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    wanted = raw.detach() if settings.get("clamp") is False else raw.detach().clamp(0, 1)
+    torch.testing.assert_close(found.coefficients, wanted, atol=2e-5, rtol=0)
+    for task in TASKS:
+        assert found.report.entropy[task] == pytest.approx(entropies[task], abs=1e-4)
+    if settings.get("start"):
+        assert bool((wanted > 1).any()) == (settings.get("clamp") is False)
 
 
 def test_it_stops_when_predictions_fall_on_one_class(world: World) -> None:
     one_class = {task: world.inputs[task][world.labels[task] == 0] for task in TASKS}
     with pytest.warns(UserWarning, match="fell together on few classes"):
         found = world.merge(one_class, steps=60)
-    assert found.report.stopped.startswith("collapse of ") and found.report.steps == 8  # 8 x 32 predictions
+    assert (
+        found.report.stopped.startswith("collapse of ") and found.report.steps == 7
+    )  # seen in the eighth: 256 predictions
+    assert all(len(curve) == 8 for curve in found.report.entropy.values())
     assert world.merge(one_class, steps=12, collapse=0).report.stopped == "finished"
 
 
@@ -276,6 +329,11 @@ def test_the_spread_is_that_of_the_latest_predictions() -> None:
     for _ in range(20):
         spread.add(F.one_hot(torch.zeros(32, dtype=torch.long), 4))
     assert spread.full and spread.share() == 0
+    many = Spread()
+    for _ in range(19):
+        assert not many.full
+        many.add(F.one_hot(torch.zeros(32, dtype=torch.long), 60))
+    assert many.full  # 600 predictions, for 60 classes
     for _ in range(8):
         spread.add(F.one_hot(torch.arange(32) % 4, 4))
     assert spread.share() == pytest.approx(1)
@@ -298,6 +356,12 @@ def test_buffers_and_statistics(world: World) -> None:
     torch.testing.assert_close(found.state["1.running_mean"], mean)
     assert found.state["1.num_batches_tracked"] == base["1.num_batches_tracked"] == 1
     assert "1.running_mean" not in found.layers and network[1].num_batches_tracked == 3
+    with pytest.warns(UserWarning):  # what learning saw is the network that comes out
+        first = adamerging(network, base, models, [x := torch.randn(16, 8)] * 2, batches=1, steps=1, collapse=0)
+        start = task_arithmetic(base, models, 0.3)
+    network.load_state_dict(start)
+    wanted = float(entropy(network.eval()(x)).mean().detach())
+    assert first.report.entropy["model 0"] == pytest.approx([wanted], rel=1e-5)
 
 
 def test_tied_parameters_have_one_coefficient() -> None:
@@ -351,5 +415,21 @@ def test_what_does_not_fit_says_so(world: World) -> None:
     with pytest.raises(ConfigError, match="steps"):
         world.merge(steps=-1)
     strangers = {**world.models, "north": World(7).models["north"]}
-    with pytest.raises(DataError, match=r"'north' is .* does not seem to descend"):
-        adamerging(world.network, world.base, strangers, world.inputs, world.heads, steps=1)
+    learned: list[int] = []
+    for vectors in ("device", "disk"):
+        with pytest.raises(DataError, match=r"'north' is .* does not seem to descend"):
+            adamerging(world.network, world.base, strangers, world.inputs, world.heads, steps=1, vectors=vectors,
+                       on_step=lambda step, _: learned.append(step))  # fmt: skip
+        assert not learned  # refused before, not after
+    with pytest.raises(ConfigError, match=r"cannot read the inputs of task 'west', \(16, 5\) of float32"):
+        world.merge({**world.inputs, "west": torch.randn(40, 5)}, steps=1)
+    with pytest.raises(ConfigError, match=r"cannot read the inputs of task 'west', \(16, 8\) of int64"):
+        world.merge({**world.inputs, "west": torch.ones(40, 8, dtype=torch.long)}, steps=1)
+    with pytest.raises(ConfigError, match=r"head cannot read the features of task 'east', \(16, 6\)"):
+        adamerging(world.network, world.base, world.models, world.inputs, {**world.heads, "east": nn.Linear(9, 3)},
+                   steps=1)  # fmt: skip
+    with pytest.raises(DataError, match=r"labels of task 'north'.*numbers from 0 to 3"):
+        world.merge({t: (world.inputs[t], world.labels[t] + 4 * (t == "north")) for t in TASKS}, steps=1,
+                    objective="labels")  # fmt: skip
+    with pytest.raises(ConfigError, match="there is no base"):
+        adamerging(world.network, None, world.models, world.inputs, world.heads, steps=1)  # type: ignore[arg-type]

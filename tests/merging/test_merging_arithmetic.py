@@ -179,3 +179,6 @@ def test_what_cannot_be_done_says_so() -> None:
         task_arithmetic(base, models, math.inf)
     with pytest.raises(DataError, match="does not seem to descend"):
         task_arithmetic(base, [made(99)[0]], 0.3)
+    for method in (task_arithmetic, ties):
+        with pytest.raises(ConfigError, match="there is no base"):
+            method(None, models)  # type: ignore[arg-type]

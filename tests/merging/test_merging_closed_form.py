@@ -85,6 +85,13 @@ def test_fisher_in_its_limits() -> None:
     same(swapped, fisher(nets, information))
     with pytest.raises(DataError, match=r"'one.weight'.*'model 1'"):
         fisher(nets, [information[0], {**information[1], "one.weight": torch.ones(2)}, information[2]])
+    raised = [  # the floor is a share of a model's own length
+        {n: x.clamp(min=0.1 * torch.cat([v.flatten() for v in each.values()]).norm()) for n, x in each.items()}
+        for each in information
+    ]
+    floored = fisher(nets, information, normalise=False, floor=0.1)
+    same(floored, fisher(nets, raised, normalise=False, floor=0.0))
+    assert not torch.allclose(floored["one.weight"], fisher(nets, information, normalise=False)["one.weight"])
     with pytest.raises(DataError, match="negative or not finite"):
         fisher(nets, [information[0], {**information[1], "two.bias": -torch.ones(4)}, information[2]])
     with pytest.raises(ConfigError, match="2 information for 3 models"):
@@ -164,5 +171,11 @@ def test_gram_matrices_are_of_the_inputs_of_each_layer() -> None:
     )
     with pytest.raises(ConfigError, match=r"no nn\.Linear"):
         gram_matrices(nn.Sequential(nn.Conv1d(1, 1, 1)), torch.randn(2, 1, 3))
-    with pytest.raises(DataError, match="no inputs"):
-        gram_matrices(net, [])
+    with pytest.raises(DataError, match="no inputs of task 'east'"):
+        gram_matrices(net, [], task="east")
+    for look in (gram_matrices, fisher_information):
+        for bad in (torch.randn(4, 3), torch.ones(4, 5, dtype=torch.long), torch.tensor(1.0), torch.randn(4)):
+            with pytest.raises((ConfigError, DataError), match=r"task 'west'|not features"):
+                look(net, bad, task="west")
+    with pytest.raises(DataError, match=r"'one.weight' of model 'model 1' has values that are not finite"):
+        regmean(models(2), [found, {**found, "one.weight": torch.full((5, 5), torch.nan)}])

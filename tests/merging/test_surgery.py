@@ -208,6 +208,10 @@ def test_layers_are_corrected_in_their_order_on_corrected_outputs() -> None:
         assert torch.allclose(found["block"].before, (theirs - inner).abs().mean(0), atol=1e-5)
         assert torch.allclose(found["block"].after, (theirs - block(inner)).abs().mean(0), atol=1e-5)
         assert torch.allclose(found["last"].before, (own(x["a"]) - z).abs().mean(0), atol=1e-5)
+        again = surgery.bias("a", individual["a"], x["a"])
+        for position in surgery.positions:
+            assert torch.allclose(again[position].before, found[position].before, atol=1e-5)
+            assert torch.allclose(again[position].after, found[position].after, atol=1e-5)
         # the network alone is as it was
         assert torch.allclose(net(x["a"]), net.last(h + torch.tanh(inner)), atol=1e-6)
     assert all(found[p].after.mean() < found[p].before.mean() for p in ("block", "last"))
@@ -278,6 +282,8 @@ def test_every_input_once_is_the_online_way() -> None:
     )
     assert len(report.losses["a"][""]) == 200 and [s for t, s, _ in seen if t == "b"] == list(range(1, 201))
     assert seen[0][2] != seen[100][2]
+    twice = Surgery(merged, rank=4, batch_size=8, passes=2).fit(individual, x)
+    assert len(twice.losses["a"][""]) == 2 * 200 / 8
     z, own = features(merged, x["a"]), features(individual["a"], x["a"])
     # the first loss of each input, in some order, where the correction has hardly moved: every input came once
     tiny = Surgery(merged, rank=4, batch_size=1, passes=1, learning_rate=1e-12).fit(individual, x)
@@ -297,6 +303,8 @@ def test_it_is_saved_and_loaded(tmp_path) -> None:
     path = tmp_path / "surgery.safetensors"
     surgery.save(path)
     loaded = Surgery.load(path, surgery.encoder)
+    z, made = features(surgery.encoder, x["a"]), surgery.corrections[0][-1]
+    assert torch.allclose(made(z), z - F.gelu(z @ made.down.T) @ made.up.T, atol=1e-6)
     assert loaded.tasks == ["a", "b"] and loaded.config == surgery.config and loaded.positions == surgery.positions
     for task in ("a", "b"):
         assert torch.equal(loaded(x[task], task), surgery(x[task], task))
@@ -344,6 +352,12 @@ def test_mistakes_are_named() -> None:
         Surgery(merged, layers=("blok",))
     with pytest.raises(ConfigError, match="rank"):
         Surgery(merged, rank=-1)
+    for axis in (0, 2, -3):
+        with pytest.raises(ConfigError, match=f"axis is {axis}; the output of layer 'block' has the axes 1 to 1"):
+            Surgery(merged, layers=("block",), axis=axis, steps=1).fit({"a": individual["a"]}, {"a": x["a"]})
+    for bad, told in ((torch.randn(20, 5), "float32"), (torch.ones(20, 6, dtype=torch.long), "int64")):
+        with pytest.raises(ConfigError, match=rf"cannot read the inputs of task 'a', \(20, .\) of {told}"):
+            surgery.fit({"a": individual["a"]}, {"a": bad})
     with pytest.raises(TrainingError, match="task 'a' is not a finite number at step"):
         Surgery(merged, rank=4, steps=60, learning_rate=1e30, distance="l2").fit({"a": individual["a"]}, {"a": x["a"]})
     assert surgery.tasks == [] and len(surgery.corrections) == 0  # nothing half-made
@@ -414,6 +428,13 @@ def test_the_linear_map_is_ridge_regression_and_leaves_out_exactly() -> None:
     assert torch.allclose((mean_shift(z, target)(z) - target).mean(0), torch.zeros(5), atol=1e-5)
     with pytest.raises(DataError, match=r"\(40, 5\) do not fit"):
         linear_map(z, target[:, :4])
+    for solve in (mean_shift, linear_map):
+        with pytest.raises(DataError, match=r"\(0, 5\)"):
+            solve(z[:0], target[:0])
+        with pytest.raises(DataError, match="not finite"):
+            solve(z / 0, target)
+    with pytest.raises(ConfigError, match=r"ridge is -1\.0"):
+        linear_map(z, target, -1.0)
 
 
 def test_a_head_is_retrained_on_the_classes_of_the_individual_network() -> None:
@@ -423,6 +444,8 @@ def test_a_head_is_retrained_on_the_classes_of_the_individual_network() -> None:
     made = relabelled_head(head, z, label, steps=300, learning_rate=1e-2)
     assert (made(z).argmax(1) == label).float().mean() > 0.95
     assert all(torch.equal(before[name], tensor) for name, tensor in head.state_dict().items())
+    with pytest.raises(DataError, match="numbers from 0 to 1"):
+        relabelled_head(head, z, label + 1)
 
 
 def test_the_plane_keeps_the_main_directions(tmp_path) -> None:
@@ -433,3 +456,8 @@ def test_the_plane_keeps_the_main_directions(tmp_path) -> None:
     assert torch.allclose(torch.cdist(together, together), torch.cdist(flat, flat), atol=1e-4)
     plot_features(tmp_path / "plane.png", {"one": flat[:10], "two": flat[10:]})
     assert (tmp_path / "plane.png").stat().st_size > 1000
+    with pytest.raises(ConfigError, match="xyz"):
+        plot_features(tmp_path / "plane.xyz", {"one": flat})
+    assert [path.name for path in tmp_path.iterdir()] == ["plane.png"]
+    with pytest.raises(DataError, match=r"\(30, 1\) have no plane"):
+        plane({"one": flat[:, :1]})

@@ -36,10 +36,10 @@ from vouch.config import Config, Span, setting
 from vouch.errors import ConfigError, DataError, TrainingError
 from vouch.evaluation.cost import measure
 from vouch.merging.arithmetic import weighted
-from vouch.merging.states import Family, Models, by_model
+from vouch.merging.states import Family, Models, by_model, required
 from vouch.merging.stored import Source, State
 from vouch.merging.ties import Trimmed
-from vouch.merging.unlabelled import Endless, Head, Inputs, encode, evaluating, moved, place_of
+from vouch.merging.unlabelled import Endless, Head, Inputs, check_labels, encode, evaluating, moved, place_of
 
 WINDOW = 256
 """Fewest predictions that the spread over classes is judged by."""
@@ -138,11 +138,11 @@ def adamerging(
     Raises:
         DataError: the models differ, have values that are not finite, or do not descend from the base; or a task has
             no inputs. ConfigError: names or numbers of models, inputs and heads do not fit, the network has parameters
-            that no model has, or a task has a single class. TrainingError: an entropy is not a finite number.
-        StorageError: a file cannot be read or written.
+            that no model has or cannot read the inputs, or a task has a single class. TrainingError: an entropy is not
+            a finite number. StorageError: a file cannot be read or written.
     """
     config = config or AdaMergingConfig(**settings)
-    family = Family(models, base, network=network, out=out, exclude=exclude, max_distance=max_distance)
+    family = Family(models, required(base), network=network, out=out, exclude=exclude, max_distance=max_distance)
     if isinstance(inputs, Tensor):
         raise ConfigError("inputs is one tensor", hint="give a list with the inputs of each model's task")
     streams: dict[str, Endless] = {
@@ -234,12 +234,15 @@ class Mixture:
         """What the merged network says to inputs of a task `(B, C)`.
 
         Raises:
-            ConfigError: it gives no features or logits `(B, C)`, or a single class.
+            ConfigError: it cannot read them, gives no features or logits `(B, C)`, or a single class.
         """
         tensors = {**self._fixed, **self._own[task], **theta}
-        z = encode(lambda *args, **named: functional_call(self.network, tensors, args, named), moved(x, self.device))
-        head = self.heads[task]
-        found = z if head is None else head(z)
+        found = encode(
+            lambda *args, **named: functional_call(self.network, tensors, args, named),
+            moved(x, self.device),
+            self.heads[task],
+            task,
+        )
         if found.shape[1] < 2:
             raise ConfigError(f"task {task!r} has a single class: its entropy is always 0", hint="leave it out")
         return found
@@ -318,7 +321,6 @@ def _learn(
                     spread[task].add(logits.detach())
                 report.entropy[task].append(total / config.batches)
                 report.spread[task].append(spread[task].share())
-            report.steps = step
             fallen = [task for task in streams if spread[task].full and report.spread[task][-1] < config.collapse]
             if fallen:
                 report.stopped = f"collapse of {fallen[0]}"
@@ -330,6 +332,7 @@ def _learn(
                 break
             mixture.gather(theta)
             optimizer.step()
+            report.steps = step
             if on_step is not None:
                 on_step(step, mixture.used().cpu())
     return report
@@ -368,4 +371,5 @@ def entropy(logits: Tensor) -> Tensor:
 def _cross_entropy(task: str, logits: Tensor, y: Tensor | None) -> Tensor:
     if y is None:
         raise DataError(f"there are no labels of task {task!r}", hint="give (inputs, labels), or objective='entropy'")
+    check_labels(y, logits.shape[1], task)
     return F.cross_entropy(logits, y.to(logits.device))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vouch.errors import ConfigError
-from vouch.merging.states import Family, Models, Options, by_model
+from vouch.merging.states import Family, Models, Options, by_model, required
 from vouch.merging.stored import Source, State
 
 Weight = float | Sequence[float] | Mapping[str, float]
@@ -56,9 +56,9 @@ def task_arithmetic(
 
     Raises:
         DataError: the models differ, have values that are not finite, or do not descend from the base.
-        StorageError: a file cannot be read or written. ConfigError: weights that do not fit the models.
+        StorageError: a file cannot be read or written. ConfigError: weights that do not fit the models, or no base.
     """
-    family = Family(models, base, **options)
+    family = Family(models, required(base), **options)
     if isinstance(weight, Mapping) and weight and isinstance(next(iter(weight.values())), Sequence):
         by_tensor = by_model(weight, family.parameters, "weights")
         weights = {name: weights_of(row, family.names) for name, row in by_tensor.items()}  # type: ignore[arg-type]

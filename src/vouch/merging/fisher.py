@@ -67,7 +67,13 @@ def fisher(
 
 
 def fisher_information(
-    encoder: nn.Module, inputs: Inputs, head: Head | None = None, *, limit: int = 256, classes_at_once: int = 64
+    encoder: nn.Module,
+    inputs: Inputs,
+    head: Head | None = None,
+    *,
+    limit: int = 256,
+    classes_at_once: int = 64,
+    task: str = "the task",
 ) -> dict[str, Tensor]:
     """The diagonal Fisher information of every trained parameter of a network, under the head of its task.
 
@@ -76,10 +82,11 @@ def fisher_information(
 
     Args:
         inputs: see `Inputs`. head: from features to logits; without, the network gives logits.
-        limit: most inputs that are used.
+        limit: most inputs that are used. task: its name in messages.
 
     Raises:
-        DataError: there are no inputs. ConfigError: the network does not give features `(B, D)`, or nothing is trained.
+        DataError: there are no inputs. ConfigError: the network cannot read them or does not give features `(B, D)`, or
+            nothing is trained.
     """
     named = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     if not named:
@@ -87,13 +94,12 @@ def fisher_information(
     parameters, seen = list(named.values()), 0
     total = [torch.zeros_like(parameter) for parameter in parameters]
     with evaluating(encoder, head), torch.enable_grad():
-        for x in once("the model", inputs, 1):
+        for x in once(task, inputs, 1):
             for row in _rows(moved(x, place_of(encoder))):
                 if seen == limit:
                     break
                 seen += 1
-                z = encode(encoder, row)
-                log_p_C = (z if head is None else head(z)).log_softmax(1)[0]
+                log_p_C = encode(encoder, row, head, task).log_softmax(1)[0]
                 # sum_c p_c g_c^2 = sum_c (sqrt(p_c) g_c)^2
                 root_CC = torch.diag(log_p_C.detach().exp().sqrt())
                 blocks = root_CC.split(classes_at_once)
@@ -129,6 +135,9 @@ def _length(who: str, state: State, family: Family) -> float:
                 f"the parameter {family.layout[name][1]}"
             )
         if bool((state[name] < 0).any()) or not bool(torch.isfinite(state[name]).all()):
-            raise DataError(f"the information of {name!r} of model {who!r} is negative or not finite")
+            raise DataError(
+                f"the information of {name!r} of model {who!r} is negative or not finite",
+                hint="look for such values in its inputs",
+            )
         total += float(state[name].double().square().sum())
     return total**0.5

@@ -118,12 +118,12 @@ def _ties(job: Job, config: TiesConfig) -> object:
 
 
 def _fisher(job: Job, config: FisherConfig) -> object:
-    found = {who: fisher_information(job.own(who), x, limit=config.limit) for who, x in job.inputs.items()}
+    found = {who: fisher_information(job.own(who), x, limit=config.limit, task=who) for who, x in job.inputs.items()}
     return fisher(job.models, found, job.base, normalise=config.normalise, floor=config.floor, **job.options)
 
 
 def _regmean(job: Job, config: RegMeanConfig) -> object:
-    found = {who: gram_matrices(job.own(who), x, limit=config.limit) for who, x in job.inputs.items()}
+    found = {who: gram_matrices(job.own(who), x, limit=config.limit, task=who) for who, x in job.inputs.items()}
     return regmean(job.models, found, job.base, shrink=config.shrink, **job.options)
 
 

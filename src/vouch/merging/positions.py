@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vouch.errors import ConfigError, DataError
 from vouch.merging.stored import Source, open_state
-from vouch.merging.unlabelled import Endless, Inputs, moved, once, place_of
+from vouch.merging.unlabelled import Endless, Inputs, call_with, moved, once, place_of
 
 OUTPUT = ""
 """The position of a network's own output; layers go by their names."""
@@ -88,12 +88,13 @@ class Pairs:
 
 
 def look(
-    call: Callable[..., Any], module: nn.Module, x: Any, position: str, corrections: Mapping[str, nn.Module]
+    call: Callable[..., Any], module: nn.Module, x: Any, position: str, corrections: Mapping[str, nn.Module], task: str
 ) -> Tensor:
     """The output of a network for a batch, or that of one layer, with earlier layers corrected.
 
     Raises:
-        ConfigError: it is not a tensor with a row for each input, or the layer is not called exactly once.
+        ConfigError: the network cannot read the batch, gives no tensor with a row for each input, or does not call the
+            layer exactly once.
     """
     x, found = moved(x, place_of(module)), []
     hooks: dict[str, Any] = {name: partial(_corrected, each) for name, each in corrections.items() if name != OUTPUT}
@@ -102,7 +103,7 @@ def look(
             raise ConfigError(f"the individual network has no layer {position!r}")
         hooks[position] = lambda module, inputs, output: found.append(_first(output))
     with hooked(module, hooks):
-        out = call_with(call, x)
+        out = call_with(call, x, task)
     if position != OUTPUT and len(found) != 1:
         raise ConfigError(
             f"layer {position!r} is called {len(found)} times for a batch", hint="correct layers that are called once"
@@ -110,7 +111,7 @@ def look(
     z = out if position == OUTPUT else found[0]
     rows = len(next(iter(x.values()))) if isinstance(x, Mapping) else len(x)
     if not isinstance(z, Tensor) or z.ndim < 2 or len(z) != rows:
-        what = f"of the shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
+        what = f"a tensor of the shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
         where = f"layer {position!r}" if position else "the network"
         raise ConfigError(
             f"{where} gave {what} for {rows} inputs, not features (B, D)",
@@ -125,11 +126,6 @@ def in_order(module: nn.Module, layers: Sequence[str], x: Any) -> list[str]:
     with hooked(module, {name: (lambda *_, name=name: seen.append(name)) for name in layers}):
         call_with(module, moved(x, place_of(module)))
     return [*dict.fromkeys(seen), *(name for name in layers if name not in seen)]
-
-
-def call_with(call: Callable[..., Any], x: Any) -> Any:
-    """What a network gives for a batch: a tensor, or a dict of arguments."""
-    return call(**x) if isinstance(x, Mapping) else call(x)
 
 
 def _first(output: Any) -> Any:

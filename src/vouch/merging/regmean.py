@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vouch.errors import ConfigError, DataError
 from vouch.merging.states import Family, Models, Options, by_model
 from vouch.merging.stored import Source, State, open_state
-from vouch.merging.unlabelled import Inputs, evaluating, moved, once, place_of
+from vouch.merging.unlabelled import Inputs, call_with, evaluating, moved, once, place_of
 
 RIDGE = 1e-10
 
@@ -69,17 +69,19 @@ def regmean(
     return family.merge(recipe, "regmean", shrink=shrink)
 
 
-def gram_matrices(encoder: nn.Module, inputs: Inputs, *, limit: int = 256, batch_size: int = 64) -> dict[str, Tensor]:
+def gram_matrices(
+    encoder: nn.Module, inputs: Inputs, *, limit: int = 256, batch_size: int = 64, task: str = "the task"
+) -> dict[str, Tensor]:
     """`mean x x^T` `(in, in)`, float32, of the inputs of every linear layer, by the name of its weight.
 
     Needs inputs but no labels; the network is in evaluation mode meanwhile. Inputs of every position (token, patch)
     count. Layers whose weights are used without calling them, as inside `nn.MultiheadAttention`, have none.
 
     Args:
-        inputs: see `Inputs`. limit: most of them that are used; whole batches.
+        inputs: see `Inputs`. limit: most of them that are used; whole batches. task: its name in messages.
 
     Raises:
-        DataError: there are no inputs. ConfigError: the network has no linear layer that is called.
+        DataError: there are no inputs. ConfigError: the network cannot read them, or calls no linear layer.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -100,11 +102,11 @@ def gram_matrices(encoder: nn.Module, inputs: Inputs, *, limit: int = 256, batch
     seen = 0
     try:
         with evaluating(encoder), torch.no_grad():
-            for batch in once("the model", inputs, min(batch_size, limit)):
+            for batch in once(task, inputs, min(batch_size, limit)):
                 if seen >= limit:
                     break
                 batch = moved(batch, place_of(encoder))
-                encoder(**batch) if isinstance(batch, Mapping) else encoder(batch)
+                call_with(encoder, batch, task)
                 seen += len(next(iter(batch.values())) if isinstance(batch, Mapping) else batch)
     finally:
         for each in hooks:
@@ -115,10 +117,14 @@ def gram_matrices(encoder: nn.Module, inputs: Inputs, *, limit: int = 256, batch
 
 
 def _shrunk(who: str, name: str, gram: Tensor, size: int, shrink: float) -> Tensor:
-    if tuple(gram.shape) != (size, size) or not bool(torch.isfinite(gram).all()):
+    if tuple(gram.shape) != (size, size):
         raise DataError(
-            f"the matrix of {name!r} of model {who!r} has the shape {tuple(gram.shape)}, not {(size, size)}, "
-            "or values that are not finite"
+            f"the matrix of {name!r} of model {who!r} has the shape {tuple(gram.shape)}, not {(size, size)}"
+        )
+    if not bool(torch.isfinite(gram).all()):
+        raise DataError(
+            f"the matrix of {name!r} of model {who!r} has values that are not finite",
+            hint="look for such values in its inputs",
         )
     diagonal = gram.diagonal()
     return shrink * gram + torch.diag((1 - shrink) * diagonal + RIDGE * diagonal.mean())

@@ -264,6 +264,17 @@ def opened(models: Models) -> dict[str, State]:
     return {str(name): open_state(source) for name, source in named.items()}
 
 
+def required(base: Source | None) -> Source:
+    """The base, where a method cannot do without.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if base is None:
+        raise ConfigError("there is no base", hint="give the state that the models were fine-tuned from")
+    return base
+
+
 def by_model(values: object, names: Sequence[str], what: str) -> dict[str, object]:
     """One value for each model, from a mapping by name or a sequence in the models' order.
 

@@ -165,7 +165,7 @@ class Surgery(nn.Module):
         """
         corrections = self._of(task)
         with evaluating(self.encoder):
-            z = look(self.encoder, self.encoder, x, OUTPUT, corrections)
+            z = look(self.encoder, self.encoder, x, OUTPUT, corrections, task)
         corrected: Tensor = corrections[OUTPUT](z)
         return corrected
 
@@ -268,6 +268,11 @@ class Surgery(nn.Module):
             if pairs.size > 1 and pairs.constant:
                 warnings.warn(f"the merged features of task {task!r} are the same for all inputs", stacklevel=3)
             axis = config.axis if position else -1
+            if axis == 0 or not -len(pairs.shape) < axis < len(pairs.shape):
+                raise ConfigError(
+                    f"axis is {axis}; the output of layer {position!r} has the axes 1 to {len(pairs.shape) - 1}",
+                    hint="axis says where the features of a layer are: -1 is the last one, 1 is for convolutions",
+                )
             correction = Correction(
                 pairs.shape[axis], config.rank, activation=config.activation, axis=axis, generator=generator
             ).to(pairs.device)
@@ -289,8 +294,8 @@ class Surgery(nn.Module):
         Raises:
             DataError: the sizes differ, or a value is not finite.
         """
-        z = look(self.encoder, self.encoder, x, position, corrections)
-        target = look(teacher, teacher.module, x, position, {}).to(z.device)
+        z = look(self.encoder, self.encoder, x, position, corrections, task)
+        target = look(teacher, teacher.module, x, position, {}, task).to(z.device)
         where = f"layer {position!r}" if position else "the features"
         if z.shape != target.shape:
             axis = self.config.axis if position else -1

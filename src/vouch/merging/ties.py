@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vouch.errors import ConfigError
 from vouch.merging.arithmetic import weights_of
-from vouch.merging.states import Family, Models, Options
+from vouch.merging.states import Family, Models, Options, required
 from vouch.merging.stored import Source, State
 
 BITS = 16
@@ -49,12 +49,12 @@ def ties(
 
     Raises:
         DataError: the models differ, have values that are not finite, or do not descend from the base.
-        StorageError: a file cannot be read or written. ConfigError: `keep` or `merge` is out of range.
+        StorageError: a file cannot be read or written. ConfigError: `keep` or `merge` is out of range, or there is no base.
     """
     if merge not in ("sum", "mean"):
         raise ConfigError(f"merge is {merge!r}", hint="use 'sum' or 'mean'")
     by = float(weights_of({"sum": 0.3, "mean": 1.0}[merge] if weight is None else weight, ["all"])[0])
-    trimmed = Trimmed(Family(models, base, **options), keep)
+    trimmed = Trimmed(Family(models, required(base), **options), keep)
 
     def recipe(name: str, base: Tensor | None, models_K: Tensor) -> Tensor:
         assert base is not None

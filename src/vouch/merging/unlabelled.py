@@ -81,30 +81,76 @@ def features(
     """The features `(n, D)` that a network gives, in evaluation mode and without gradients; logits with a `head`.
 
     Raises:
-        DataError: there are no inputs, or a feature is not a finite number. ConfigError: they are no `(B, D)` tensor.
+        DataError: there are no inputs, or a feature is not a finite number. ConfigError: they are no `(B, D)` tensor,
+            or the network cannot read the inputs.
     """
+    device = place_of(encoder)
     with evaluating(encoder, head), torch.no_grad():
-        found = [encode(encoder, batch) for batch in once(task, inputs, batch_size)]
-        found = found if head is None else [head(z) for z in found]
+        found = [encode(encoder, moved(batch, device), head, task) for batch in once(task, inputs, batch_size)]
     z = torch.cat(found)
     if not bool(torch.isfinite(z).all()):
         raise DataError(f"features of task {task!r} are not finite numbers", hint="look for such values in its inputs")
     return z
 
 
-def encode(encoder: Callable[..., Any], batch: Any) -> Tensor:
-    """What a network gives for one batch.
+def encode(encoder: Callable[..., Any], batch: Any, head: Head | None = None, task: str = "the task") -> Tensor:
+    """What a network gives for one batch; with a `head` its logits.
 
     Raises:
-        ConfigError: it is not a tensor with a row of features for each input.
+        ConfigError: it cannot read the batch, or gives no tensor with a row of features for each input.
     """
-    z = encoder(**batch) if isinstance(batch, Mapping) else encoder(batch)
+    z = call_with(encoder, batch, task)
     if not isinstance(z, Tensor) or z.ndim != 2:
-        what = f"of the shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
+        what = f"a tensor of the shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
         raise ConfigError(
             f"the network gave {what}, not features (B, D)", hint="wrap it so that it returns its pooled features"
         )
-    return z
+    if head is None:
+        return z
+    with reading(f"the head cannot read the features of task {task!r}, {tuple(z.shape)}"):
+        return head(z)
+
+
+def call_with(call: Callable[..., Any], batch: Any, task: str = "the task") -> Any:
+    """What a network gives for a batch: a tensor, or a dict of arguments.
+
+    Raises:
+        ConfigError: it cannot read the batch.
+    """
+    first = next(iter(batch.values()), None) if isinstance(batch, Mapping) else batch
+    like = f", {tuple(first.shape)} of {str(first.dtype).removeprefix('torch.')}" if isinstance(first, Tensor) else ""
+    with reading(f"the network cannot read the inputs of task {task!r}{like}"):
+        return call(**batch) if isinstance(batch, Mapping) else call(batch)
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Say `what` where torch refuses the shapes or types of its operands.
+
+    Raises:
+        ConfigError: it does.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        hint = "give inputs of the shape and type that the network was trained on"
+        raise ConfigError(f"{what}: {error}", hint=hint) from error
+
+
+def check_labels(label: Tensor, classes: int, task: str) -> None:
+    """Labels `(n,)` are numbers of classes.
+
+    Raises:
+        DataError: they are not.
+    """
+    if label.is_floating_point() or label.ndim != 1 or int(label.min()) < 0 or int(label.max()) >= classes:
+        raise DataError(
+            f"labels of task {task!r}, {tuple(label.shape)} of {str(label.dtype).removeprefix('torch.')}, are not "
+            f"numbers from 0 to {classes - 1}",
+            hint="count them as the head's outputs are",
+        )
 
 
 def parts(batch: Any) -> tuple[Any, Tensor | None]:
@@ -123,10 +169,10 @@ def tensors_of(task: str, inputs: Inputs) -> tuple[Tensor, ...] | None:
     rows = (inputs,) if isinstance(inputs, Tensor) else inputs
     if not (isinstance(rows, tuple) and rows and all(isinstance(each, Tensor) for each in rows)):
         return None
-    if len(rows[0]) == 0:
-        raise DataError(f"there are no inputs of task {task!r}")
-    if any(len(each) != len(rows[0]) for each in rows):
-        raise DataError(f"task {task!r} has {len(rows[0])} inputs and {len(rows[-1])} labels")
+    if not rows[0].ndim or not len(rows[0]):
+        raise DataError(f"there are no inputs of task {task!r}", hint="give a tensor (n, ...), a row for each input")
+    if any(each.shape[:1] != rows[0].shape[:1] for each in rows):
+        raise DataError(f"task {task!r} has inputs {tuple(rows[0].shape)} and labels {tuple(rows[-1].shape)}")
     return rows
 
 
