@@ -176,3 +176,12 @@ def test_the_report_needs_nothing_else_and_shows_hostile_text_as_text(first: Any
     assert reader.tags.count("svg") == 4
     assert HOSTILE in reader.text and first.verdict.sentence in reader.text
     assert "vouch compare X" in reader.text
+
+
+def test_with_one_trial_nothing_is_trained_to_choose_settings(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    found = compare(made_data(), ["popularity", "itemknn"], out=folder, seeds=1, trials=1, settings=SETTINGS, jobs=1)
+    assert not list((folder / "units").glob("*trial*"))
+    for row in found.rows:
+        assert row["trials"] == 1 and row["validation"] == {} and row["cost"]["tuning_seconds"] == 0
+        assert row["config"] == base_config(found.plan, row["method"]).model_dump(mode="json")

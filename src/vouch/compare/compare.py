@@ -213,7 +213,7 @@ def _run_all(
                     say(f"{slug}: seed {seed} done", done, total)
                     continue
                 tuned[slug] = result
-                say(f"{slug}: {'tuned' if result['status'] == 'ok' else 'failed'}", done, total)
+                say(f"{slug}: {'settings chosen' if result['status'] == 'ok' else 'failed'}", done, total)
                 if result["status"] != "ok":
                     total -= seeds[slug]
                     continue
@@ -289,7 +289,7 @@ def _assemble(
                 "intervals": intervals,
                 "cost": {**cost, "tuning_seconds": tuned["tuning_seconds"]},
                 "config": tuned["config"],
-                "validation": {plan.headline: tuned["value"]},
+                "validation": {} if tuned["value"] is None else {plan.headline: tuned["value"]},
                 "trials": tuned["trials"],
                 "seeds": len(seeds),
                 "per_seed": [seed["metrics"] for seed in seeds],

@@ -92,13 +92,12 @@ def is_random(method: str) -> bool:
 def tune(plan: Plan, method: str, units: Path, threads: int = 1) -> dict[str, Any]:
     """Search the method's declared space on validation, `plan.trials` trainings in all; the defaults are the first.
 
-    Returns:
-        `{"method", "config", "value", "trials", "seconds", "status", "error"}`; a method that fails with its defaults
-        has status `failed`.
-    """
-    import optuna
+    Where they are all there is to choose from nothing is trained here.
 
-    _set_threads(threads)
+    Returns:
+        `{"method", "config", "value", "trials", "tuning_seconds", "status", "error"}`; a method that fails with its
+        defaults has status `failed`. `value` is None where nothing was trained.
+    """
     config = base_config(plan, method)
     fixed = {text.partition("=")[0].strip() for text in plan.settings.get(method, ())}
     space = {
@@ -106,13 +105,19 @@ def tune(plan: Plan, method: str, units: Path, threads: int = 1) -> dict[str, An
         for name, search in config.search_space().items()
         if name not in fixed and config.value(name) is not None  # a part may have been left out
     }
+    if plan.trials == 1 or not space:
+        only = {"method": method, "config": config.model_dump(mode="json"), "status": "ok"}
+        return {**only, "value": None, "trials": 1, "tuning_seconds": 0.0}
+    import optuna
+
+    _set_threads(threads)
     made: Split | None = None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(seed=plan.first_seed, n_startup_trials=max(3, plan.trials // 3))
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.enqueue_trial({name: _nearest(search, config.value(name)) for name, search in space.items()})
     rows: list[dict[str, Any]] = []
-    for number in range(max(1, plan.trials) if space else 1):
+    for number in range(plan.trials):
         trial = study.ask({name: _distribution(search) for name, search in space.items()})
         chosen = config if number == 0 else config.updated(trial.params)
         path = units / f"{method}-{plan.key(method)}-trial-{number}.json"
