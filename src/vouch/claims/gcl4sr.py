@@ -80,6 +80,36 @@ class OneView(_Accuracy):
 
 
 @register_claim
+class NoContrast(_Accuracy):
+    """With the contrast between the views against without."""
+
+    variant = "contrast"
+    statement = "GCL4SR has a higher test NDCG@10 with the contrast between the views than without."
+    baseline = "GCL4SR without the contrast"
+    baseline_is: ClassVar[tuple[str, dict[str, Any]]] = ("gcl4sr", {**GRAPH, "gcl4sr.contrast": 0.0})
+
+
+@register_claim
+class NoDistance(_Accuracy):
+    """With the MMD loss against without."""
+
+    variant = "mmd"
+    statement = "GCL4SR has a higher test NDCG@10 with the MMD loss than without."
+    baseline = "GCL4SR without the MMD loss"
+    baseline_is: ClassVar[tuple[str, dict[str, Any]]] = ("gcl4sr", {**GRAPH, "gcl4sr.mmd": 0.0})
+
+
+@register_claim
+class NoUsers(_Accuracy):
+    """Gates by user against gates by item alone."""
+
+    variant = "users"
+    statement = "GCL4SR has a higher test NDCG@10 with gates that depend on the user than with gates by item alone."
+    baseline = "GCL4SR, gates by item"
+    baseline_is: ClassVar[tuple[str, dict[str, Any]]] = ("gcl4sr", {**GRAPH, "gcl4sr.users": False})
+
+
+@register_claim
 class AgainstItemKNN(_Accuracy):
     """Against the same co-occurrences, counted."""
 
@@ -87,6 +117,16 @@ class AgainstItemKNN(_Accuracy):
     statement = "GCL4SR has a higher test NDCG@10 than item-kNN, which counts the same co-occurrences."
     baseline = "item-kNN"
     baseline_is: ClassVar[tuple[str, dict[str, Any]]] = ("itemknn", {})
+
+
+@register_claim
+class AgainstMarkov(_Accuracy):
+    """Against first-order counts."""
+
+    variant = "markov"
+    statement = "GCL4SR has a higher test NDCG@10 than first-order transition counts."
+    baseline = "Markov counts"
+    baseline_is: ClassVar[tuple[str, dict[str, Any]]] = ("markov", {})
 
 
 @register_claim

@@ -11,10 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vouch.data import Queries, Split
+from vouch.data import Queries, Split, split
 from vouch.errors import ConfigError
+from vouch.nn.graphs import mmd
 from vouch.nn.transformer import Context
 from vouch.recommenders import load
+from vouch.recommenders.sequential.batches import MASK
+from vouch.recommenders.sequential.bert4rec import BERT4Rec
 from vouch.recommenders.sequential.gcl4sr import GCL4SR, real_mean, view_contrast
 from vouch.recommenders.sequential.gru4rec import GRU4Rec
 from vouch.recommenders.sequential.sasrec import SASRec
@@ -140,8 +143,96 @@ def test_with_every_neighbour_both_views_are_one(made: Split) -> None:
     found = objective.loss(batch)
     table = model.network.item_vectors()
     G = model.network.graph(table, torch.arange(25))[batch.items.clamp(min=0)]
-    g = real_mean(G, batch.lengths)
+    g = real_mean(G, batch.items >= 0)
     assert found["graph"].item() == pytest.approx(view_contrast(g, g, 0.5).item(), rel=1e-4)
+
+
+def first_batch(model: Any, made: Split) -> tuple[Any, Any]:
+    objective = model.begin(made)
+    return objective, next(iter(model.batches(made.train).epoch(np.random.default_rng(0), 0, 1)))
+
+
+@pytest.mark.parametrize("form", ["fast", "exact"])
+def test_the_distance_to_the_item_vectors_by_hand(made: Split, form: str) -> None:
+    model = GCL4SR(**{**SMALL, "gcl4sr.neighbors": 25, "gcl4sr.mmd_form": form, "gcl4sr.mmd": 3.0})
+    objective, batch = first_batch(model, made)
+    with torch.no_grad():
+        for value in objective.parameters():
+            value.normal_(std=0.5)
+    network, term = model.network, objective.terms["gcl4sr"]
+    table = network.item_vectors()
+    G = network.graph(table, torch.arange(25))  # all neighbours are drawn, so both views are this one
+    E_rows, Q_rows = [], []
+    for items, n, user in zip(batch.items, batch.lengths.tolist(), batch.user, strict=True):
+        bias = network.gate_user(network.user(user))[:n].flip(0)  # by age, the last item is 0
+        own = G[items[:n]]
+        E_rows.append(table[items[:n]])
+        Q_rows.append(torch.sigmoid(own @ network.gate_item.weight[0] + bias).unsqueeze(1) * own)
+    if form == "exact":
+        want = sum(mmd(E, Q) for E, Q in zip(E_rows, Q_rows, strict=True)) / len(E_rows)
+    else:
+        width = batch.items.shape[1]
+        lines = [
+            torch.stack([F.pad(linear(rows).squeeze(1), (0, width - len(rows))) for rows in each])
+            for linear, each in ((term.local, E_rows), (term.context, Q_rows))
+        ]
+        want = mmd(*lines)
+    assert objective.loss(batch)["mmd"].item() == pytest.approx(2 * 3.0 * want.item(), rel=1e-3)
+
+
+def test_hidden_items_have_no_view(made: Split) -> None:
+    network = started(made).network
+    hidden = ITEMS.clone()
+    hidden[0, 2] = MASK
+    for training in (False, True):
+        network.train(training)
+        one, two = network.views(network.rows(hidden).masked_fill(hidden == MASK, 0))
+        assert (one[0, 2] == 0).all() and (two[0, 2] == 0).all() and (one[1, 3:] == 0).all()
+        assert torch.allclose(one[hidden >= 0].norm(dim=1), torch.ones(7), atol=1e-5)
+
+
+def test_hidden_items_take_no_part_in_the_losses(made: Split) -> None:
+    model = BERT4Rec(
+        hidden_size=8, num_heads=2, max_length=7, dropout=0.0, objective=("next", "gcl4sr"), **{"gcl4sr.neighbors": 25}
+    )
+    objective, batch = first_batch(model, made)
+    own, table = objective.terms["gcl4sr"].own, model.network.item_vectors()
+    G = own(table, torch.unique(batch.items[batch.items >= 0]))
+    G = torch.zeros(25, 8).index_copy(0, torch.unique(batch.items[batch.items >= 0]), G)
+    assert (batch.items == MASK).any()
+    rows = [G[items[items >= 0]] for items in batch.items]
+    g = torch.stack([row.mean(0) if len(row) else torch.zeros(8) for row in rows])
+    assert objective.loss(batch)["graph"].item() == pytest.approx(view_contrast(g, g, 0.5).item(), rel=1e-4)
+
+
+def test_a_single_history_has_no_contrast_and_no_fast_distance(made: Split) -> None:
+    for form, left in (("fast", {"next"}), ("exact", {"next", "mmd"})):
+        model = GCL4SR(**{**SMALL, "batch_size": 1, "gcl4sr.mmd_form": form})
+        objective, batch = first_batch(model, made)
+        with pytest.warns(UserWarning, match="one history"):
+            found = objective.loss(batch)
+        assert set(found) == left and all(torch.isfinite(value) for value in found.values())
+
+
+def test_the_catalogues_views_follow_the_weights(made: Split) -> None:
+    one, other = started(made), started(made)
+    with torch.no_grad():
+        for value in other.network.parameters():
+            value.normal_(std=0.5)
+    queries = Queries.from_histories([[1, 2, 3]])
+    before, want = one.score(queries), other.score(queries)
+    assert not torch.allclose(before, want, atol=1e-2)
+    one.network.load_state_dict(other.network.state_dict())
+    assert torch.equal(one.score(queries), want)
+
+
+def test_users_without_a_training_event_have_no_term(made: Split) -> None:
+    apart = split(made.dataset, "users", valid_share=0.2, test_share=0.3)
+    model = GCL4SR(**SMALL)
+    model.fit(apart, Run(device="cpu"))
+    absent = int(np.flatnonzero(apart.train.lengths == 0)[0])
+    named, nobody = (Queries.from_histories([[1, 2, 3]], user=np.array([user])) for user in (absent, -1))
+    assert torch.equal(model.score(named), model.score(nobody))
 
 
 @pytest.mark.parametrize("form", ["fast", "exact"])

@@ -8,15 +8,17 @@ and all streams are fused into the query. The losses alone fit other encoders: `
 What differs from the released code: gates are learned and saved; initialisation is the usual one; neighbourhoods are
 drawn once for each distinct item of a batch, never for padding. The query of every prefix of a history is computed in
 one pass, equal to what the prefix alone would give: places count from the end of each prefix. The losses between views
-take whole histories. To rank, one seeded draw for the whole catalogue is used, so scores have no chance in them. Users
-unknown in training have no term in the gate. With `objective+=gcl4sr` on another encoder the loss has a graph network
-of its own over the shared item table, and no gate. The batch holds 128 histories with all their prefixes, where the
-paper's holds 1,024 prefixes.
+take whole histories. To rank, one seeded draw for the whole catalogue is used, so scores have no chance in them. As the
+convolution divides by the weights of drawn edges only, an item's context depends a little on what else is drawn for.
+Users without a training event have no term in the gate. Weight decay is decoupled. With `objective+=gcl4sr` on another
+encoder the loss has a graph network of its own over the shared item table, and no gate. The batch holds 128 histories
+with all their prefixes, where the paper's holds 1,024 prefixes.
 Shapes: `B` batch, `T` positions (ends of prefixes, then `J` items in them), `D` hidden size, `N` items.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -31,7 +33,7 @@ from vouch.data.graphs import cached, transition_graph
 from vouch.nn.dropout import Dropout
 from vouch.nn.graphs import GraphEncoder, mmd
 from vouch.nn.transformer import Context, Transformer, init_weights
-from vouch.recommenders.sequential.base import SequenceEncoder, SequentialRecommender
+from vouch.recommenders.sequential.base import Objective, SequenceEncoder, SequentialRecommender
 from vouch.recommenders.sequential.batches import SequenceBatch
 from vouch.recommenders.sequential.contrast import one_vector
 from vouch.recommenders.sequential.parts import Attention, Setup, Term, part
@@ -84,10 +86,9 @@ def graph_of(settings: GraphConfig, split: Split) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.array(getattr(made, name))) for name in names}
 
 
-def real_mean(x_BTD: Tensor, lengths: Tensor) -> Tensor:
-    """Mean over the real positions `(B, D)`."""
-    real = torch.arange(x_BTD.shape[1], device=x_BTD.device) < lengths.unsqueeze(1)
-    return (x_BTD * real.unsqueeze(-1)).sum(1) / lengths.unsqueeze(1)
+def real_mean(x_BTD: Tensor, real_BT: Tensor) -> Tensor:
+    """Mean over the positions that hold an item `(B, D)`; zero where none does."""
+    return (x_BTD * real_BT.unsqueeze(-1)).sum(1) / real_BT.sum(1, keepdim=True).clamp(min=1)
 
 
 def view_contrast(one: Tensor, two: Tensor, temperature: float) -> Tensor:
@@ -151,18 +152,25 @@ class GCL4SREncoder(SequenceEncoder):
             self._catalogue = None
         return super().train(mode)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._catalogue = None  # those of other weights
+        super()._load_from_state_dict(*args)
+
     def views(self, rows_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Both views `(B, T, D)` of the items: fresh draws in training, else the seeded ones of the whole catalogue."""
+        """Both views `(B, T, D)` of the items: fresh draws in training, else the seeded ones of the whole catalogue.
+
+        Padding and hidden items have the view zero.
+        """
         assert self.graph is not None
-        codes = (rows_BT - 1).clamp(0, self.n_items - 1)
-        if not self.training:
+        real, place = rows_BT > 0, (rows_BT - 1).clamp(min=0)
+        if self.training:
+            nodes, found = torch.unique(place[real], return_inverse=True)
+            place = torch.zeros_like(place).masked_scatter(real, found)
+            one = self.graph(self.item_vectors(), nodes)
+            two = one if self.settings.views == "one" else self.graph(self.item_vectors(), nodes)
+        else:
             one, two = self.catalogue()
-            return F.embedding(codes, one), F.embedding(codes, two)
-        nodes, place = torch.unique(codes[rows_BT > 0], return_inverse=True)
-        local = torch.zeros_like(codes).masked_scatter(rows_BT > 0, place)
-        one = self.graph(self.item_vectors(), nodes)
-        two = one if self.settings.views == "one" else self.graph(self.item_vectors(), nodes)
-        return F.embedding(local, one), F.embedding(local, two)
+        return F.embedding(place, one) * real.unsqueeze(-1), F.embedding(place, two) * real.unsqueeze(-1)
 
     @torch.no_grad()
     def catalogue(self) -> tuple[Tensor, Tensor]:
@@ -260,31 +268,35 @@ class GraphContrast(Term):
     def forward(
         self, encoder: SequenceEncoder, hidden_BTD: Tensor, batch: SequenceBatch, context: Context
     ) -> dict[str, Tensor]:
-        """Those that have a weight; nothing for a single history, which has none to differ from."""
+        """Those that have a weight. A single history has no other to differ from, and is no sample of histories."""
         del hidden_BTD
-        settings, found = self.settings, dict[str, Tensor]()
-        if len(batch.items) < 2:
-            return found
+        settings, found, alone = self.settings, dict[str, Tensor](), len(batch.items) < 2
+        if alone:
+            warnings.warn(
+                "a batch holds one history: it takes no part in the contrast and the fast MMD; raise batch_size if this "
+                "is not the last batch",
+                stacklevel=2,
+            )
         (G_a, Q_a), (G_b, Q_b) = context.graph if self.own is None else self.views(encoder, batch)
-        if settings.contrast > 0 and settings.views == "two":
-            views = (real_mean(G, batch.lengths) for G in (G_a, G_b))
-            one, two = views
+        real = batch.items >= 0
+        if settings.contrast > 0 and settings.views == "two" and not alone:
+            one, two = real_mean(G_a, real), real_mean(G_b, real)
             found["graph"] = settings.contrast * view_contrast(one, two, settings.temperature)
-        if settings.mmd > 0:
+        if settings.mmd > 0 and not (alone and settings.mmd_form == "fast"):
             E, _ = encoder.embed(batch.items)
-            real = batch.items >= 0
             found["mmd"] = settings.mmd * (self.distance(E, Q_a, real) + self.distance(E, Q_b, real))
         return found
 
     def views(self, encoder: SequenceEncoder, batch: SequenceBatch) -> list[tuple[Tensor, Tensor]]:
         """Two draws for the items of the batch, without gates."""
         assert self.own is not None
-        seen = batch.items >= 0
-        nodes, place = torch.unique(batch.items[seen], return_inverse=True)
-        local = torch.zeros_like(batch.items).masked_scatter(seen, place)
+        real = batch.items >= 0
+        nodes, found = torch.unique(batch.items[real], return_inverse=True)
+        place = torch.zeros_like(batch.items).masked_scatter(real, found)
         table = encoder.item.weight[1 : encoder.n_items + 1]
-        draws = [F.embedding(local, self.own(table, nodes)) for _ in range(2)]
-        return [(G, G) for G in draws]
+        one = F.embedding(place, self.own(table, nodes))
+        two = one if self.settings.views == "one" else F.embedding(place, self.own(table, nodes))
+        return [(one, one), (two, two)]
 
     def distance(self, E_BTD: Tensor, Q_BTD: Tensor, real_BT: Tensor) -> Tensor:
         """MMD between local and global vectors: of projected histories, or the mean of that within each history."""
@@ -318,6 +330,7 @@ class GCL4SR(SequentialRecommender):
     """Graph contrastive sequential recommendation."""
 
     Config = GCL4SRConfig
+    network: GCL4SREncoder
     attends = True
 
     def settings(self) -> GraphConfig:
@@ -331,6 +344,14 @@ class GCL4SR(SequentialRecommender):
         settings = self.settings()
         graph = {} if settings.graph == "none" else graph_of(settings, split)
         return {**super().facts(split), **graph, "users": torch.tensor(split.train.n_users)}
+
+    def begin(self, split: Split) -> Objective:
+        """As elsewhere; users of the log without a training event have no term in the gate."""
+        objective, user = super().begin(split), self.network.user
+        if user is not None:
+            with torch.no_grad():
+                user.weight[torch.from_numpy(split.train.lengths == 0)] = 0.0
+        return objective
 
     def encoder(self, n_items: int, facts: dict[str, Tensor]) -> GCL4SREncoder:
         """A new encoder."""
