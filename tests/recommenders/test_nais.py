@@ -334,6 +334,26 @@ def test_training_lowers_the_loss_and_reports_who_was_skipped(made: Split, varia
     assert (model.network.h != 1).any()  # learned, from ones
 
 
+def test_the_first_step_of_a_coordinate_has_the_size_of_the_rate(made: Split) -> None:
+    """Adagrad's sums begin at next to nothing; and what decays, decays."""
+    settings = {**SHORT, "epochs": 1, "batch_size": 99, "learning_rate": 0.05}
+    moved = []
+    for more in ({"weight_decay": 0.0}, {"weight_decay": 10.0}):
+        model = FISM(**{**settings, **more})
+        model.fit(made, Run(seed=0))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            begin = FISMNetwork(N, model.config)
+        moved.append(
+            [(now - then).detach() for now, then in zip(model.network.parameters(), begin.parameters(), strict=True)]
+        )
+    _, _, bias = moved[0]
+    assert bias.abs().min().item() == pytest.approx(0.05, rel=0.05)
+    begin_signs = [-torch.sign(then) for then in begin.parameters()][:2]
+    for step, sign in zip(moved[1][:2], begin_signs, strict=True):
+        assert (torch.sign(step) == sign).float().mean() > 0.9
+
+
 def test_beginnings(made: Split) -> None:
     torch.manual_seed(0)
     for variant, fan_in in (("prod", 16), ("concat", 32)):

@@ -41,6 +41,7 @@ class HistoryConfig(TrainConfig):
     negatives: int = setting(4, "items drawn for each positive, anew each epoch", ge=1)
     positives: int = setting(20, "most items of a user that are learned from in an epoch; 0 is all", ge=0)
     batch_size: int = setting(16, "users of one batch", ge=1)
+    weight_decay: float = setting(0.0, "decay of all that is learned, a part of the gradient", ge=0)
     learning_rate: float = setting(0.01, "step size of Adagrad", gt=0, search=Choice((0.005, 0.01, 0.05)))
     penalty_target: float = setting(1e-7, "weight of the squared vectors p of target items", ge=0)
     penalty_history: float = setting(1e-7, "weight of the squared vectors q of history items", ge=0)
@@ -220,6 +221,7 @@ class HistoryRecommender(Recommender):
             optimizer=torch.optim.Adagrad(
                 [p for p in network.parameters() if p.requires_grad],
                 lr=config.learning_rate,
+                weight_decay=config.weight_decay,
                 initial_accumulator_value=1e-8,
             ),
             validate=validate,

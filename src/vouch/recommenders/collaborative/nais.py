@@ -6,8 +6,8 @@ and history items, and a softmax whose denominator is raised to `beta`, so that 
 
 It starts from FISM, trained first (`pretrain_epochs`) or saved (`pretrained`). As in the released code there are an item
 bias and `n^-alpha`, and the penalty is on full tables and W only. What differs: batches and `positives` as in FISM; the
-sums of exponentials are taken after subtracting the greatest logit, and what is left of it for `beta` below 1,
-`exp(m (1 - beta))`, is clamped where float32 would overflow.
+bias of the hidden layer starts at 0; the sums of exponentials are taken after subtracting the greatest logit, and what is
+left of it for `beta` below 1, `exp(m (1 - beta))`, is clamped where float32 would overflow.
 Shapes: `U` users or queries, `L` history items, `C` candidates, `D` hidden size, `A` attention size, `N` items.
 """
 
