@@ -32,7 +32,7 @@ from vouch.distillation.generators import (
 from vouch.distillation.memory import GrowingHead, Reservoir
 from vouch.distillation.similarity import compared_layers, dissimilarity, linear_cka
 from vouch.distillation.streamtask import Task
-from vouch.errors import ConfigError, StorageError, TrainingError
+from vouch.errors import ConfigError, StorageError, TrainingError, UnknownIdError
 from vouch.training import Run
 
 SHAPE = (1, 4, 4)
@@ -604,6 +604,9 @@ def test_average_and_forgetting() -> None:
         ({"tests": {"nobody": (torch.zeros(2, *SHAPE), torch.zeros(2))}}, "tests is for an API 'nobody'"),
         ({"tests": {"api 0": (torch.zeros(2, *SHAPE), torch.tensor([0, 2]))}}, "labels 0 to 2; it has 2"),
         ({"tests": {"api 0": (torch.zeros(2, *SHAPE), torch.zeros(3))}}, r"labels \(3,\)"),
+        ({"tests": {"api 0": (torch.zeros(2, *SHAPE), torch.zeros(2))}}, "labels of torch.float32"),
+        ({"apis": [lambda x: x]}, "a function is no Api"),
+        ({"apis": nn.Linear(2, 2)}, "a Linear is no Api"),
         ({"raw": {"api 0": torch.zeros(2, 1, 2, 2)}}, "raw inputs"),
         ({"raw": {"api 0": torch.full((2, *SHAPE), 255.0)}}, r"not within \[-1, 1\]"),
         ({"raw": {"api 0": torch.full((2, *SHAPE), math.nan)}}, r"not within \[-1, 1\]"),
@@ -635,6 +638,28 @@ def test_features_and_settings_that_do_not_fit() -> None:
         APIStream(nn.Conv2d(1, 2, 1), SHAPE)
     with pytest.raises(ConfigError, match="directions"):
         APIStreamConfig(directions=0)
+
+
+def test_inputs_in_double_precision_are_as_good() -> None:
+    tests = {"api 1": (torch.rand(9, *SHAPE) * 2 - 1, torch.arange(9) % 2)}
+    ends = []
+    for dtype in (torch.float32, torch.float64):
+        made = stream()
+        raw = {name: x.to(dtype) for name, x in RAW.items()}
+        report = made.learn(api(1), raw=raw, tests={n: (x.to(dtype), y) for n, (x, y) in tests.items()}, run=CPU)
+        ends.append((made, report.task))
+    assert same(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
+
+
+def test_a_stream_that_knows_nothing_says_so() -> None:
+    made = stream()
+    with pytest.raises(ConfigError, match="knows no class yet"):
+        made(torch.zeros(2, *SHAPE))
+    made.learn(api(0), run=CPU)
+    with pytest.raises(UnknownIdError, match="no API 'api 2' was learned"):
+        made.accuracy("api 2", torch.zeros(2, *SHAPE), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ConfigError, match="labels 0 to 5"):
+        made.accuracy("api 0", torch.zeros(2, *SHAPE), torch.tensor([0, 5]))
 
 
 def test_a_loss_that_is_no_number_says_so() -> None:

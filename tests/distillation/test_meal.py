@@ -284,6 +284,28 @@ def test_the_ramp_begins_at_nothing_and_the_mean_of_one_teacher_is_that_teacher(
     assert same(found[0], found[1]) and same(found[0], found[2])
 
 
+def test_the_ramp_grows_evenly_to_the_share_of_steps_also_over_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[float]] = []
+    losses = Judges.losses
+
+    def watched(self: Judges, s: Any, t: Any, weights: Any = ()) -> Any:
+        seen.append(list(weights))
+        return losses(self, s, t, weights)
+
+    monkeypatch.setattr(Judges, "losses", watched)
+    settings: dict[str, Any] = {"taps": ["one"], "epochs": 3, "eta": (0.2, 0.4), "ramp": 0.5}
+    whole = distil(tiny(1), [tiny(2)], some_batches(4), run=CPU, **settings)
+    grown = [min(1, n / 6) for n in range(12)]
+    assert seen == [pytest.approx([-0.2 * g, -0.4 * g]) for g in grown]
+    seen.clear()
+    distil(tiny(1), [tiny(2)], some_batches(4), run=Run(tmp_path, device="cpu", max_seconds=0.0), **settings)
+    assert len(seen) == 4
+    rest = distil(tiny(9), [tiny(2)], some_batches(4), run=Run(tmp_path, device="cpu", resume=True), **settings)
+    assert seen == [pytest.approx([-0.2 * g, -0.4 * g]) for g in grown] and same(whole.student, rest.student)
+
+
 def test_the_mean_teacher_is_the_mean_of_softmaxes_and_of_taps() -> None:
     batches, student, teachers = some_batches(1), tiny(1), [tiny(2).eval(), tiny(3, width=6).eval()]
     reference, (x, _) = copy.deepcopy(student), batches[0]
@@ -509,6 +531,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("teacher 1 does not run its module 'two'", {"teachers": [Idle()], "taps": ["two"]}),
     ("no labels to learn from", {"batches": [torch.randn(6, 1, 7, 7)], "label_weight": 0.5}),
     ("cannot be passed over again", {"batches": iter(some_batches())}),
+    ("there are no batches", {"batches": []}),
 ]
 
 
@@ -541,6 +564,29 @@ def test_a_student_does_not_share_weights_with_a_teacher() -> None:
 def test_a_teacher_without_numbers_is_named() -> None:
     with pytest.raises(TrainingError, match=r"teacher 2 \(Broken\) gave a value that is not a finite number"):
         distil(tiny(1), [tiny(2), Broken()], some_batches(), epochs=3, run=CPU)
+
+
+def test_an_empty_batch_a_single_class_and_a_student_that_is_not_trained() -> None:
+    with pytest.raises(TrainingError, match="a batch has no inputs"):
+        distil(tiny(1), [tiny(2)], [*some_batches(1), torch.empty(0, 1, 7, 7)], epochs=1, run=CPU)
+    with pytest.raises(ConfigError, match="a single class"):
+        distil(tiny(1, classes=1), [tiny(2, classes=1)], some_batches(), epochs=1, run=CPU)
+    with pytest.raises(ConfigError, match="no parameter that is trained"):
+        distil(tiny(1).requires_grad_(False), [tiny(2)], some_batches(), epochs=1, run=CPU)
+    with pytest.raises(ConfigError, match="no networks"):
+        Ensemble([])
+
+
+@pytest.mark.parametrize("change", [lambda y: y + 3, lambda y: y.float(), lambda y: y[:2]], ids=["range", "type", "n"])
+def test_labels_that_do_not_fit_are_told(change: Any) -> None:
+    batches = [(x, change(y)) for x, y in some_batches()]
+    for learn in (
+        lambda: train_on_labels(tiny(1), batches, epochs=1, run=CPU),
+        lambda: distil(tiny(1), [tiny(2)], batches, epochs=1, run=CPU, label_weight=0.5),
+    ):
+        with pytest.raises(ConfigError, match=r"labels do not fit logits \(6, 3\)"):
+            learn()
+    distil(tiny(1), [tiny(2)], batches, epochs=1, run=CPU)  # not read
 
 
 def test_a_batch_of_one_needs_no_batch_norm() -> None:

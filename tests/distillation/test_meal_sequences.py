@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vouch import Catalog, Dataset, Interactions, Queries, Run, Split, load, method, split
-from vouch.distillation.adversary import telling
+from vouch.distillation.adversary import Judges, telling
 from vouch.distillation.sequences import Teaching, Weighted, distil_recommender, taught
 from vouch.distillation.taps import distances, mixture, pooled
 from vouch.distillation.teachers import Depths, Together, at_positions, looks_ahead, score_items
@@ -144,6 +144,21 @@ def test_discriminators_read_the_last_positions_and_turn_the_gradient(made: Spli
     assert float(helped.abs().max()) > 1e-6
 
 
+def test_the_ramp_grows_by_epochs(made: Split, teachers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    losses = Judges.losses
+
+    def watched(self: Judges, s: Any, t: Any, weights: Any = ()) -> Any:
+        seen.extend(weights)
+        return losses(self, s, t, weights)
+
+    monkeypatch.setattr(Judges, "losses", watched)
+    model = student(epochs=4, ramp=0.5, eta=0.3, weight=2.0, patience=99)
+    distil_recommender(model, teachers, made, CPU, label_weight=0.25)
+    assert list(dict.fromkeys(seen)) == pytest.approx([0.0, -0.225, -0.45])  # 0.75 x 2 x 0.3, and half of it
+    assert seen.count(seen[-1]) == len(seen) / 2
+
+
 def test_a_share_of_items_where_there_are_many(made: Split, teachers: list[Any]) -> None:
     model = student(items=6, adversary="grl", dropout=0.0)
     with taught(model, teachers, made, 0.0):
@@ -270,6 +285,8 @@ def test_an_ensemble_answers_with_the_mean_chance(made: Split, teachers: list[An
     assert evaluate(together, made.test, metrics=["NDCG@10"]).metrics["NDCG@10"] > 0.3
     with pytest.raises(ConfigError, match="nothing to learn"):
         together.fit(made)
+    with pytest.raises(ConfigError, match="no models"):
+        Together([])
 
 
 def test_depths_are_the_blocks_outputs(teachers: list[Any]) -> None:

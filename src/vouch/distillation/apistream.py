@@ -39,10 +39,10 @@ from vouch.distillation.apis import Api, ApiError, Ledger
 from vouch.distillation.generators import GENERATORS
 from vouch.distillation.memory import GrowingHead
 from vouch.distillation.similarity import compared_layers, evaluating
-from vouch.distillation.streamcheck import feature_width, still_to_learn
+from vouch.distillation.streamcheck import check_test, feature_width, still_to_learn
 from vouch.distillation.streamstate import pack, unpack
 from vouch.distillation.streamtask import Task
-from vouch.errors import ConfigError
+from vouch.errors import ConfigError, UnknownIdError, did_you_mean
 from vouch.training import Run, seeded
 from vouch.training.checkpoints import HEADER, save_checkpoint
 from vouch.training.devices import parse_device, seed_of
@@ -179,18 +179,31 @@ class APIStream(nn.Module):
         return self.head.classes
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores `(B, n_classes)` of pictures `(B, C, H, W)`."""
+        """Scores `(B, n_classes)` of pictures `(B, C, H, W)`.
+
+        Raises:
+            ConfigError: nothing was learned yet.
+        """
+        if not self.classes:
+            raise ConfigError("the stream knows no class yet", hint="call learn(apis), or load(path)")
         return self.head.scores(self.head(self.features(x)))
 
     @torch.no_grad()
     def accuracy(self, name: str, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Task- and class-incremental accuracy on labels `(n,)` counted as API `name` counts its classes."""
+        """Task- and class-incremental accuracy on labels `(n,)` counted as API `name` counts its classes.
+
+        Raises:
+            UnknownIdError: no API of that name was learned. ConfigError: inputs or labels do not fit it.
+        """
+        if name not in self.apis:
+            raise UnknownIdError(f"no API {name!r} was learned", hint=did_you_mean(name, self.apis))
+        check_test(name, inputs, labels, self.shape, len(self.head.groups[self.apis.index(name)]))
         columns = self.head.groups[self.apis.index(name)]
         own = torch.tensor([self.head.owner[column] for column in columns])
         within, among = 0, 0
         with evaluating(self.features):
-            for x, y in zip(inputs.split(1024), labels.split(1024), strict=True):
-                outputs = self.head(self.features(x.to(self.device))).cpu()
+            for x, y in zip(inputs.split(1024), labels.cpu().split(1024), strict=True):
+                outputs = self.head(self.features(x.to(self.device, torch.float32))).cpu()
                 within += int((outputs[:, columns].argmax(1) == y).sum())
                 among += int((self.head.scores(outputs).argmax(1) == own[y]).sum())
         return within / len(labels), among / len(labels)
@@ -217,7 +230,7 @@ class APIStream(nn.Module):
             TrainingError: a loss is not a number. StorageError: the state cannot be written or read.
         """
         run, begin = run or Run(), time.perf_counter()
-        apis, raw, tests = [apis] if isinstance(apis, Api) else list(apis), raw or {}, tests or {}
+        apis, raw, tests = list(apis) if isinstance(apis, Sequence) else [apis], raw or {}, tests or {}
         kind, index = parse_device(run.device)
         self.device = torch.device(kind if index is None else f"{kind}:{index}")
         self.to(self.device)

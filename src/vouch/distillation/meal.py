@@ -25,12 +25,21 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vouch.config import Span, setting
 from vouch.distillation.adversary import SIGN, Adversary, Judges
-from vouch.distillation.sgd import SGDConfig, Validate, as_batches, check_batch, factor, labels_of, parts_of, sgd
+from vouch.distillation.sgd import (
+    SGDConfig,
+    Validate,
+    as_batches,
+    check_batch,
+    factor,
+    label_loss,
+    labels_of,
+    parts_of,
+    sgd,
+)
 from vouch.distillation.taps import Pooling, Similarity, Tapped, kl, mixture, pooled, positions, similarity
 from vouch.errors import ConfigError, TrainingError
 from vouch.training import FitReport, Run, fit, seeded
@@ -101,9 +110,9 @@ def distil(
         settings: those of `DistilConfig`, in place of `config`.
 
     Raises:
-        ConfigError: there is no teacher, networks differ in their taps or classes, a module or weight is missing, or a
-            network cannot read the batches.
-        TrainingError: a teacher or a loss gave what is not a number, or a batch of one met a batch norm.
+        ConfigError: there is no teacher or no batch, networks differ in their taps or classes, a module or weight is
+            missing, a network cannot read the batches, or labels that are read do not fit.
+        TrainingError: a teacher or a loss gave what is not a number, a batch is empty, or one of one met a batch norm.
     """
     config, run, source = config or DistilConfig(**settings), run or Run(), as_batches(batches)
     if not teachers:
@@ -112,6 +121,8 @@ def distil(
     for k, teacher in enumerate(teachers, start=1):
         if teacher is student or any(id(parameter) in ours for parameter in teacher.parameters()):
             raise ConfigError(f"the student has weights of teacher {k}", hint="copy it first: copy.deepcopy(teacher)")
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ConfigError("the student has no parameter that is trained", hint="student.requires_grad_(True)")
     if teacher_taps is not None and len(teacher_taps) != len(teachers):
         raise ConfigError(f"there are {len(teachers)} teachers, and taps for {len(teacher_taps)}")
     with ExitStack() as stack:
@@ -171,7 +182,8 @@ def common_lengths(
     """The common length of each tap and the number of classes, found by reading one batch.
 
     Raises:
-        ConfigError: networks differ in taps or classes, cannot read the batch, or `lengths` are not one for each tap.
+        ConfigError: networks differ in taps or classes, know a single one, cannot read the batch, or `lengths` are not
+            one for each tap.
     """
     x, _ = parts_of(next(iter(source.epoch(np.random.default_rng(0), 0, 1))))
     ours, *theirs = (_probe(network, x) for network in (student, *teachers))
@@ -186,6 +198,11 @@ def common_lengths(
                 f"{teacher.name} knows {found[-1].shape[1]} classes and the student {ours[-1].shape[1]}",
                 hint="all must have been trained on the same classes",
             )
+    if ours[-1].shape[1] < 2:
+        raise ConfigError(
+            "the networks know a single class, so their softmax says nothing",
+            hint="give networks with an output for each class; two for yes and no",
+        )
     sizes = [positions(tap) for tap in ours[:-1]] if lengths is None else list(lengths)
     if len(sizes) != len(ours) - 1 or any(size < 1 for size in sizes):
         raise ConfigError(
@@ -331,7 +348,7 @@ class _Players(nn.Module):
         total = torch.stack([weight * each for weight, each in zip(self.gamma, near, strict=True)]).sum()
         logged = {"similarity": total.detach(), "kl": kl(ours[-1], target[-1])}
         if label is not None:
-            labels = F.cross_entropy(ours[-1], label)
+            labels = label_loss(ours[-1], label)
             total = (1 - config.label_weight) * total + config.label_weight * labels
             logged["labels"] = labels.detach()
         if config.adversary in SIGN:

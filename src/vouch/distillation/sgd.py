@@ -91,8 +91,10 @@ def as_batches(batches: Batches | Iterable[Any]) -> Batches:
     """Batches of `fit`, or a sized iterable of inputs or `(input, label)` that can be passed over many times.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is neither, or there is none.
     """
+    if isinstance(batches, Sized) and not len(batches):
+        raise ConfigError("there are no batches", hint="a DataLoader with drop_last=True drops an incomplete only one")
     if hasattr(batches, "epoch"):
         given: Any = batches
         return given
@@ -123,12 +125,29 @@ def labels_of(batch: Any) -> Tensor:
     return label
 
 
+def label_loss(logits: Tensor, label: Tensor) -> Tensor:
+    """The cross-entropy of logits `(B, C)` against labels int64 `(B,)`.
+
+    Raises:
+        ConfigError: the labels are not one number of a class for each input.
+    """
+    try:
+        return F.cross_entropy(logits.float(), label)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ConfigError(
+            f"labels do not fit logits {tuple(logits.shape)}: {error}",
+            hint=f"give one int64 for each input, from 0 to {logits.shape[-1] - 1}",
+        ) from error
+
+
 def check_batch(network: nn.Module, x: Any) -> None:
-    """Refuse a batch of one where the network needs the statistics of a batch.
+    """Refuse an empty batch, and a batch of one where the network needs the statistics of a batch.
 
     Raises:
         TrainingError: it is one.
     """
+    if isinstance(x, Tensor) and not len(x):
+        raise TrainingError("a batch has no inputs", hint="leave empty batches out")
     if isinstance(x, Tensor) and len(x) == 1:
         for name, module in network.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
@@ -147,7 +166,7 @@ class _Labels(nn.Module):
         x, _ = parts_of(batch)
         check_batch(self.network, x)
         logits = outputs(self.network(x))[-1]
-        return {"labels": F.cross_entropy(logits.float(), labels_of(batch))}
+        return {"labels": label_loss(logits, labels_of(batch))}
 
 
 def train_on_labels(
@@ -168,7 +187,7 @@ def train_on_labels(
 
     Raises:
         TrainingError: the loss stopped being a number, or a batch of one met a batch norm.
-        ConfigError: the batches have no labels, or cannot be repeated.
+        ConfigError: the batches have no labels or such as do not fit, or there are none, or they cannot be repeated.
     """
     config, source, model = config or SGDConfig(**settings), as_batches(batches), _Labels(network)
     report = fit(

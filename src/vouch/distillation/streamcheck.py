@@ -45,9 +45,14 @@ def still_to_learn(
     """The APIs not learned yet, once all that is said about them is found right.
 
     Raises:
-        ConfigError: names or classes taken, shapes that differ, labels or pictures out of range, a budget too small
-            for one round.
+        ConfigError: something else than APIs, names or classes taken, shapes that differ, labels or pictures out of
+            range, a budget too small for one round.
     """
+    for api in apis:
+        if not isinstance(api, Api):
+            raise ConfigError(
+                f"a {type(api).__name__} is no Api", hint="wrap it: Api(service, classes, shape, name), see there"
+            )
     names = [api.name for api in apis]
     if len(set(names)) < len(names):
         raise ConfigError(f"two APIs have one name: {names}")
@@ -61,7 +66,7 @@ def still_to_learn(
         raise ConfigError(f"API {running!r} was left unfinished", hint="give it first, with Run(resume=True)")
     sizes = {name: len(group) for name, group in zip(stream.apis, stream.head.groups, strict=False)}
     for name, (inputs, labels) in tests.items():
-        _check_test(name, inputs, labels, stream.shape, (sizes | {api.name: len(api.classes) for api in todo})[name])
+        check_test(name, inputs, labels, stream.shape, (sizes | {api.name: len(api.classes) for api in todo})[name])
     known = set(stream.head.classes)
     for api in todo:
         if api.shape != stream.shape:
@@ -82,13 +87,20 @@ def still_to_learn(
     return todo
 
 
-def _check_test(name: str, inputs: Tensor, labels: Tensor, shape: tuple[int, int, int], classes: int) -> None:
+def check_test(name: str, inputs: Tensor, labels: Tensor, shape: tuple[int, int, int], classes: int) -> None:
+    """Refuse test pictures of another shape, and labels that are not numbers of an API's classes.
+
+    Raises:
+        ConfigError: they are.
+    """
     if tuple(inputs.shape[1:]) != shape or not len(inputs) or tuple(labels.shape) != (len(inputs),):
         raise ConfigError(
             f"the test of API {name!r} has inputs {tuple(inputs.shape)} and labels {tuple(labels.shape)}",
             hint=f"give (n, {', '.join(map(str, shape))}) and (n,)",
         )
     low, high = int(labels.min()), int(labels.max())
+    if labels.is_floating_point():
+        raise ConfigError(f"the test of API {name!r} has labels of {labels.dtype}", hint="give int64: labels.long()")
     if low < 0 or high >= classes:
         raise ConfigError(
             f"the test of API {name!r} has labels {low} to {high}; it has {classes} classes",

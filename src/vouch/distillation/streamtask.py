@@ -57,7 +57,7 @@ class Task:
         )
         self.old = None if old is None else old.requires_grad_(False).eval()
         self.reservoir = Reservoir(config.memory, stream.shape, len(columns), device)
-        self.raw = torch.empty(0, *stream.shape, device=device) if raw is None else raw.to(device)
+        self.raw = torch.empty(0, *stream.shape, device=device) if raw is None else raw.to(device, torch.float32)
         self.raw_answers = torch.empty(0, len(columns), device=device)
         self.step = self.low = self.planned = 0
         self.stopped = "finished"

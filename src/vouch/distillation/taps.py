@@ -164,10 +164,16 @@ def mixture(logits: Sequence[Tensor]) -> Tensor:
 
 
 class Ensemble(nn.Module):
-    """Networks that answer together: logits whose softmax is the mean of theirs."""
+    """Networks that answer together: logits whose softmax is the mean of theirs.
+
+    Raises:
+        ConfigError: there are none.
+    """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()
+        if not networks:
+            raise ConfigError("an ensemble of no networks gives no answer", hint="give at least one")
         self.networks = nn.ModuleList(networks)
 
     def forward(self, x: Any) -> Tensor:

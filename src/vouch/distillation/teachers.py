@@ -170,6 +170,8 @@ class Together(Recommender):
 
     def __init__(self, models: Sequence[Recommender]) -> None:
         super().__init__()
+        if not models:
+            raise ConfigError("an ensemble of no models gives no answer", hint="give at least one")
         self.models = list(models)
         first = self.models[0]
         self.items, self.users, self.popularity = first.items, first.users, first.popularity
