@@ -126,24 +126,38 @@ def test_equal_gradients_move_the_shared_part_t_times_as_far():
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_several_tasks_are_several_plain_optimizers_whose_steps_add_up(kind):
-    """On gradients that differ: each task's account is that of a plain optimizer that sees this task alone."""
+    """On gradients that differ, some missing: each account is that of a plain optimizer that sees this task alone."""
     generator = torch.Generator().manual_seed(0)
     p = nn.Parameter(torch.randn(4, 3, generator=generator, dtype=torch.float64))
     copies = [nn.Parameter(p.detach().clone()) for _ in range(3)]
     plain = [PLAIN[kind]([each], lr=0.01) for each in copies]
-    optimizer = kind([p], 3, lr=0.01)
-    for _ in range(12):
-        G = (
-            torch.randn(3, 4, 3, generator=generator, dtype=torch.float64)
-            * torch.tensor([1.0, 50, 1e-3])[:, None, None]
-        )
-        before, moved = p.detach().clone(), torch.zeros(4, 3, dtype=torch.float64)
-        for each, one, g in zip(copies, plain, G, strict=True):
+    optimizer = kind([p], 3, lr=0.01, shared=[p])
+    sizes = torch.tensor([1.0, 50, 1e-3])[:, None, None]
+    for step in range(12):
+        G = torch.randn(3, 4, 3, generator=generator, dtype=torch.float64) * sizes
+        before, moved, losses = p.detach().clone(), torch.zeros(4, 3, dtype=torch.float64), []
+        for k, (each, one, g) in enumerate(zip(copies, plain, G, strict=True)):
+            if step % (k + 1):  # no label in this step: all stays as it is
+                losses.append(None)
+                continue
             each.grad, start = g.clone(), each.detach().clone()
             one.step()
             moved += each.detach() - start
-        optimizer.step([(p * g).sum() for g in G])
+            losses.append((p * g).sum())
+        optimizer.step(losses)
         torch.testing.assert_close(p.detach() - before, moved, rtol=1e-9, atol=1e-12)
+
+
+def test_weights_are_factors_on_the_losses():
+    for accumulators in ("task", "shared"):
+        mine, other = Body(), Body()
+        weighted = AdaTaskAdam(mine.parameters(), 2, lr=0.01, weights=[2.0, 8.0], accumulators=accumulators)
+        plain = AdaTaskAdam(other.parameters(), 2, lr=0.01, accumulators=accumulators)
+        for x, y in batches(5):
+            weighted.step(mine.losses(x, y))
+            a, b = other.losses(x, y)
+            plain.step([2 * a, 8 * b])
+        assert torch.equal(flat(mine), flat(other))
 
 
 def test_first_step_is_the_learning_rate_for_each_task():
@@ -422,6 +436,10 @@ def test_gradients_can_be_changed_first():
     optimizer.step([(p * 2).sum(), (p * 3).sum()], transform=transform)
     assert seen[0][0][0].tolist() == [2, 2] and seen[0][1][0].tolist() == [3, 3]
     assert optimizer.state[p]["square_avg"][0].eq(0).all()
+    optimizer.step([(p * 2).sum(), (p * 3).sum()], transform=lambda by_task: [[None], by_task[1]])
+    assert optimizer.state[p]["step"].tolist() == [1, 2]  # None is no part
+    with pytest.raises(TrainingError, match="gradient of 'task 1'"):
+        optimizer.step([p.sum(), p.sum()], transform=lambda by_task: [by_task[0], [by_task[1][0] / 0]])
 
 
 def test_errors_name_what_is_wrong():

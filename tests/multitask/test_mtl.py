@@ -8,6 +8,7 @@ import torch
 
 from vouch import Dataset, Interactions, Queries, Query, Run, load, split
 from vouch.data import Catalog
+from vouch.data.readers import read
 from vouch.data.world import WorldConfig, build
 from vouch.errors import DataError, UnknownIdError
 from vouch.multitask.balancers import balancers
@@ -126,6 +127,20 @@ def test_labels_that_are_unknown_take_no_part(tastes: Dataset) -> None:
     model.fit(made, Run(seed=0))
     assert np.isfinite(model.measure(made.test)["RMSE stay"])
     assert torch.isfinite(model.score(Queries.from_histories([np.array([1])]))).all()
+
+
+@pytest.mark.parametrize("bad", ["yes", "inf", "1e60"])
+def test_feedback_that_is_no_number_is_refused_where_it_stands(bad: str, tmp_path) -> None:
+    """It is not taken for an unknown label, which an empty cell is."""
+    rows = [f"u{n % 7},i{n % 5},{n},{n % 2 if n % 3 else ''}" for n in range(40)]
+    rows[11] = f"u4,i1,11,{bad}"
+    file = tmp_path / "log.csv"
+    file.write_text("\n".join(["user,item,time,click", *rows]) + "\n")
+    with pytest.raises(DataError, match=rf"click is '{bad}'(.|\n)*line 13, column 'click'"):
+        read(file, columns={"feedback": "click"})
+    file.write_text(file.read_text().replace(bad, " 1 "))
+    click = read(file, columns={"feedback": "click"}).interactions.feedback["click"]
+    assert np.isnan(click).sum() == 14 and set(click[~np.isnan(click)]) == {0.0, 1.0}
 
 
 def test_values_alone_are_watched_by_their_own_measure(tastes: Dataset) -> None:

@@ -95,7 +95,7 @@ class RawLog:
         self.columns = choose_columns(found, roles, str(self.source))
         self.frame = self.frame.select(
             [pl.col(column).alias(role) for role, column in self.columns.items()]
-            + [pl.col(name).cast(pl.Float32, strict=False).alias(f"{FEEDBACK} {name}") for name in signals]
+            + [pl.col(name).alias(f"{FEEDBACK} {name}") for name in signals]
         )
         unusual = {role: column for role, column in self.columns.items() if role != column}
         if unusual:
@@ -117,8 +117,9 @@ class RawLog:
     def bad_cell(self, name: str, row: int, value: Any, hint: str) -> DataError:
         """The error for a cell that cannot be used."""
         shown = "empty" if value is None or value == "" else repr(value)
+        column = self.columns.get(name, name.removeprefix(f"{FEEDBACK} "))
         place = self.locate(name, row) if self.locate is not None else f"{self.source}, row {row + 1}"
-        return DataError(f"the {name} is {shown}", where=f"{place}, column {self.columns.get(name, name)!r}", hint=hint)
+        return DataError(f"the {name} is {shown}", where=f"{place}, column {column!r}", hint=hint)
 
 
 def usual(name: str) -> str:
@@ -170,7 +171,8 @@ def encode(raw: RawLog) -> Interactions:
     Only the columns of the log are held, in their narrowest form: each distinct id's text once, about 28 bytes a row.
 
     Raises:
-        DataError: a row has no user or item, or a time or value that is not a number; names file, line and value.
+        DataError: a row has no user or item, or a time, value or feedback that is not a number; names file, line and
+            value.
     """
     schema = raw.frame.collect_schema()
     frame = raw.collect(*[expression for name, dtype in schema.items() for expression in _narrow(name, dtype, raw)])
@@ -196,9 +198,7 @@ def encode(raw: RawLog) -> Interactions:
             elif name == "time":
                 columns[name], notes["time_unit"] = to_seconds(column)
             elif name.startswith(f"{FEEDBACK} "):
-                signals[name.removeprefix(f"{FEEDBACK} ")] = (
-                    column.fill_null(float("nan")).to_numpy().astype(np.float32)
-                )
+                signals[name.removeprefix(f"{FEEDBACK} ")] = _signal(column)
             elif name == "value":
                 columns[name] = to_numbers(column).astype(OPTIONAL["value"])
             else:
@@ -223,7 +223,12 @@ def _narrow(name: str, dtype: pl.DataType, raw: RawLog) -> list[pl.Expr]:
     """A column in its narrowest form, and for numbers read from text whether nothing was lost."""
     column = pl.col(name)
     if name.startswith(f"{FEEDBACK} "):
-        return [column]
+        if dtype != pl.String:
+            return [column]
+        text = column.str.strip_chars()
+        number = text.cast(pl.Float32, strict=False)
+        fits = column.is_null() | (text == "") | ~number.is_infinite().fill_null(True)
+        return [number, fits.alias(f"{name} fits")]
     if name in ("time", "value"):
         if dtype != pl.String:
             return [column]
@@ -234,6 +239,26 @@ def _narrow(name: str, dtype: pl.DataType, raw: RawLog) -> list[pl.Expr]:
     if name in ("user", "item") and (dtype.is_integer() or dtype.is_float()) and dtype != pl.UInt64:
         return [column]
     return [column.cast(pl.String).cast(pl.Categorical(pl.Categories.random()))]
+
+
+def _signal(column: pl.Series) -> NDArray[np.float32]:
+    """A column of numbers `(n,)`, NaN where a cell is empty.
+
+    Raises:
+        BadCellError: a cell holds something else.
+    """
+    wanted = "feedback is a number, such as 0 or 1; leave the cell empty where it is unknown"
+    text = column.str.strip_chars() if column.dtype == pl.String else column
+    if text.dtype.is_nested() or text.dtype.is_temporal() or text.dtype in (pl.Binary, pl.Object):
+        raise BadCellError(0, column.to_list()[0], wanted)
+    number = text.cast(pl.Float32, strict=False)
+    wrong = text.is_not_null() & number.is_infinite().fill_null(True)
+    if column.dtype == pl.String:
+        wrong &= text != ""
+    if wrong.any():
+        row = int(wrong.arg_max() or 0)
+        raise BadCellError(row, column[row], wanted)
+    return number.fill_null(float("nan")).to_numpy().astype(np.float32)
 
 
 def _without_blank_lines(frame: pl.DataFrame, raw: RawLog) -> pl.DataFrame:
