@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from vouch import registry
 from vouch.data import Queries, Split, check_leaks, split
-from vouch.errors import ConfigError
+from vouch.errors import ConfigError, DataError
 from vouch.evaluation import evaluate
 from vouch.nn import losses
 from vouch.nn.transformer import Context
@@ -81,6 +81,13 @@ def test_the_hard_loss_grows_with_hardness_and_not_with_a_constant() -> None:
     shift = torch.full((20,), 7.0, dtype=torch.float64)
     moved = losses.hard_softmax(hidden, table, target, negatives, hardness=3, bias=shift).item()
     assert moved == pytest.approx(values[3], rel=1e-5)
+
+
+def test_equal_negatives_have_the_same_loss_at_any_hardness() -> None:
+    hidden, table, target, _ = scores()
+    table[8:18] = table[8]
+    values = [losses.hard_softmax(hidden, table, target, torch.arange(8, 18), hardness=b).item() for b in (0, 1, 10)]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-6)
 
 
 def test_extreme_scores_stay_finite_and_hits_are_left_out() -> None:
@@ -284,6 +291,48 @@ def test_one_interest_is_attention_pooling_with_one_vector(made: Split) -> None:
         @ model.network.outer.weight.T
     )
     assert torch.allclose(model.query_vectors(queries)[0], torch.softmax(logits[:, 0], 0) @ H, atol=1e-5)
+
+
+@pytest.mark.parametrize("slug", ["remi", "comirec-dr"])
+def test_the_order_of_the_interests_does_not_matter(made: Split, slug: str) -> None:
+    model = started(made, slug, objective=("next", "remi"), loss="hard_softmax")
+    objective = model.begin(made)
+    batch = next(iter(model.batches(made.train).epoch(np.random.default_rng(0), 0, 1)))
+    queries = Queries.from_histories([[1, 2, 3], [7]])
+
+    def all_of_it() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return model.query_vectors(queries), model.score(queries), torch.stack(list(objective.loss(batch).values()))
+
+    before = all_of_it()
+    with torch.no_grad():
+        if slug == "remi":
+            model.network.outer.weight.copy_(model.network.outer.weight[[2, 0, 1]])
+        else:
+            model.network.weight.copy_(model.network.weight[:, [2, 0, 1]])
+    after = all_of_it()
+    assert torch.allclose(after[0], before[0][:, [2, 0, 1]], atol=1e-5)
+    assert torch.allclose(after[1], before[1], atol=1e-5) and torch.allclose(after[2], before[2], rtol=1e-4)
+
+
+def test_without_weight_there_is_no_penalty(made: Split) -> None:
+    assert set(REMI(**SMALL, **{"remi.weight": 0.0}).begin(made).terms) == {"next"}
+
+
+def test_more_negatives_than_items_are_refused_and_the_default_shrinks(made: Split) -> None:
+    asked = REMI(**{**SMALL, "negatives": 2_000})
+    asked.begin(made)
+    with pytest.raises(ConfigError, match="negatives is 2,000 and there are 25 items"):
+        asked.batches(made.train)
+    model = REMI(**{name: value for name, value in SMALL.items() if name != "negatives"})
+    model.begin(made)
+    assert len(next(iter(model.batches(made.train).epoch(np.random.default_rng(0), 0, 1))).negatives) == 25
+
+
+def test_routing_is_asked_of_histories(made: Split) -> None:
+    model = started(made, "remi")
+    for histories, match in (([], "no histories"), ([[1, 2], []], "query 1 is empty")):
+        with pytest.raises(DataError, match=match):
+            routing_report(model, Queries.from_histories(histories))
 
 
 def test_what_does_not_fit_is_refused_with_the_reason() -> None:

@@ -7,7 +7,8 @@ routing: `vouch train comirec-dr --set loss=hard_softmax --set objective+=remi`.
 
 What differs: every position is learned from, so the penalty, which the paper sums over a batch of 128 examples, is 128
 times its mean over all examples of the batch, whatever its size. A target among its own negatives is masked. The
-paper's 4 events before the first target are `min_history=4`; the default asks for one.
+paper's 4 events before the first target are `min_history=4`; the default asks for one. A long history is cut into windows,
+each read from its own start, where the paper gives every target the items right before it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vouch.config import Choice, Config, setting
+from vouch.data import Queries
+from vouch.errors import DataError
 from vouch.nn.transformer import Context
 from vouch.recommenders.sequential.base import SequenceEncoder, SequentialRecommender
 from vouch.recommenders.sequential.batches import SequenceBatch
@@ -116,20 +120,28 @@ class REMI(ComiRecSA):
 
 
 @torch.no_grad()
-def routing(model: InterestRecommender, queries: Any) -> tuple[Tensor, Any, Any]:
-    """The routing weights `(B, K, L)` of given histories, their item codes `(B, L)` and their lengths `(B,)`."""
+def routing(model: InterestRecommender, queries: Queries) -> tuple[Tensor, NDArray[np.int64], NDArray[np.int64]]:
+    """The routing weights `(B, K, L)` of given histories, their item codes `(B, L)` and their lengths `(B,)`.
+
+    Raises:
+        DataError: there is no history, or an empty one, which is routed nowhere.
+    """
+    if not (len(queries) and queries.lengths.all()):
+        empty = np.flatnonzero(queries.lengths == 0)
+        what = f"the history of query {empty[0]} is empty" if len(empty) else "there are no histories"
+        raise DataError(f"{what}, so there is no routing to look at", hint="give histories of one item or more")
     lengths = np.minimum(queries.lengths, model.reads)
     items, lengths = model.inputs(queries, np.arange(len(queries)), lengths)
-    context = Context()
+    context, device = Context(), model.network.item.weight.device
     was_training = model.network.training
     model.network.eval()
-    model.network(torch.from_numpy(items), torch.from_numpy(lengths), context)
+    model.network(torch.from_numpy(items).to(device), torch.from_numpy(lengths).to(device), context)
     model.network.train(was_training)
-    A = context.notes["routing"][0][torch.arange(len(items)), torch.from_numpy(lengths - 1)]
+    A = context.notes["routing"][0].cpu()[torch.arange(len(items)), torch.from_numpy(lengths - 1)]
     return A, items, lengths
 
 
-def routing_report(model: InterestRecommender, queries: Any) -> dict[str, float]:
+def routing_report(model: InterestRecommender, queries: Queries) -> dict[str, float]:
     """How the routing of given histories looks: means over histories and interests.
 
     `largest_weight` is the greatest weight of one item, 1 where an interest has collapsed; `effective_items` is
