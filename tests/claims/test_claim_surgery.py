@@ -23,10 +23,10 @@ def made() -> Experts:
 
 def test_the_main_claim_comes_first_and_variants_are_named_once() -> None:
     variants = [claim.variant for claim in CLAIMS]
-    assert variants[0] == "accuracy" and len(set(variants)) == len(variants) == 8
+    assert variants[0] == "accuracy" and len(set(variants)) == len(variants) == 9
 
 
-@pytest.mark.parametrize("claim", [*CLAIMS[:4], CLAIMS[-1]], ids=lambda claim: claim.variant)
+@pytest.mark.parametrize("claim", [*CLAIMS[:4], *CLAIMS[-2:]], ids=lambda claim: claim.variant)
 def test_it_measures(claim: Claim) -> None:
     found = claim.measure(claim.read(claim.source("smoke")), "smoke", 0)
     assert all(math.isfinite(value) for value in (found.baseline, found.method, found.effect))
@@ -36,7 +36,8 @@ def test_it_measures(claim: Claim) -> None:
     if claim.variant == "bias":
         assert found.effect == pytest.approx(0.9 * found.baseline - found.method) and found.method < found.baseline
     else:
-        assert found.effect == pytest.approx(found.method - found.baseline)
+        slack = 0.01 if claim.variant == "distance" else 0
+        assert found.effect == pytest.approx(found.method - found.baseline + slack)
 
 
 def test_the_weight_is_chosen_on_validation(made: Experts) -> None:
