@@ -9,7 +9,7 @@ from typing import Any, Self, get_args
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from vouch.errors import ConfigError, did_you_mean
+from vouch.errors import ConfigError, clause, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,8 @@ class Config(BaseModel):
             )
         field = cls.model_fields.get(name)
         hint = f"{field.description} (default {field.default!r})" if field else None
-        reason = first["msg"][0].lower() + first["msg"][1:]
-        return ConfigError(
-            f"setting {name!r} of {owner} is {first['input']!r}: {reason}", where=cls.__name__, hint=hint
-        )
+        what = f"setting {name!r} of {owner} is {first['input']!r}: {clause(first['msg'])}"
+        return ConfigError(what, where=cls.__name__, hint=hint)
 
 
 def _type_name(schema: Mapping[str, Any]) -> str:

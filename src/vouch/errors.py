@@ -53,6 +53,13 @@ class TrainingError(VouchError):
     """Training cannot go on (a loss that is not a number, no negative to draw, ...)."""
 
 
+def clause(text: str) -> str:
+    """A sentence of another library as it goes on after a colon: a small first letter, unless the word is an abbreviation."""
+    text = text.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    first = text.split(maxsplit=1)[0] if text.strip() else ""
+    return text if first[1:] != first[1:].lower() else text[:1].lower() + text[1:]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint that names the closest known words, or all of them where there are few."""
     names = sorted(known)

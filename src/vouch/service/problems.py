@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from vouch.errors import ConfigError, UnknownIdError, VouchError
+from vouch.errors import ConfigError, UnknownIdError, VouchError, clause
 from vouch.service.batching import Busy
 from vouch.service.storage import Unavailable
 
@@ -25,9 +25,9 @@ PHRASES = {
 HINTS = {
     "string_type": "ids and texts go in quotes",
     "extra_forbidden": "leave it out; the fields are listed in /v1/openapi.json",
-    "json_invalid": "send one JSON object",
     "missing": "the fields are listed in /v1/openapi.json",
 }
+ONE_OBJECT = "send one JSON object"
 
 
 class Refused(HTTPException):
@@ -82,11 +82,29 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first: dict[str, Any] = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        what = str(first["msg"]).removeprefix("Value error, ")
+        if first["type"] == "json_invalid":
+            what = f"the body is not valid JSON: {clause(str(first['ctx']['error']))}"
+            return problem(422, what, f"body, character {first['loc'][-1]}", ONE_OBJECT)
+        if first["loc"] == ("body",) and first["type"] != "value_error":
+            return problem(422, *_no_object(request, first))
         more = len(error.errors()) - 1
-        hint = HINTS.get(first["type"]) or (f"there are {more} more faults" if more else None)
-        return problem(422, what[:1].lower() + what[1:], where, hint)
+        also = f"there {'is one more fault' if more == 1 else f'are {more} more faults'}" if more else None
+        return problem(422, clause(first["msg"]), place(first["loc"]), HINTS.get(first["type"]) or also)
+
+
+def place(parts: Sequence[int | str]) -> str:
+    """Where in a request: `body.events.0.time`."""
+    return ".".join(str(part) for part in parts)
+
+
+def _no_object(request: Request, fault: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What is wrong with a body that is no JSON object, where, and what to do. Most often it is not declared as JSON."""
+    if fault["input"] in (None, b"", ""):
+        return "the body is missing", "body", ONE_OBJECT
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if isinstance(fault["input"], str | bytes) and not kind.endswith("json"):
+        return "the body is not declared as JSON", "header.content-type", "send Content-Type: application/json"
+    return "the body is no JSON object", "body", ONE_OBJECT
 
 
 def _safe(text: str | None) -> str | None:

@@ -16,10 +16,10 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 import vouch
-from vouch.errors import ConfigError, VouchError
+from vouch.errors import ConfigError, VouchError, clause
 from vouch.service.pages import assets
 from vouch.service.pages.words import brief, number, sentence, signed, whole
-from vouch.service.problems import PHRASES, Refused, status_of
+from vouch.service.problems import PHRASES, Refused, place, status_of
 from vouch.service.security import COOKIE
 
 CONTENT_SECURITY_POLICY = (
@@ -34,6 +34,7 @@ HEADERS = {
 }
 PLACES = (("/shop", "Shop window"), ("/compare", "Compare"), ("/claims", "Claims"), ("/card", "Run card"))
 MOST_FIELDS = 100
+CHANGE_IT = "go back and change it"
 
 Sent = TypeVar("Sent", bound=BaseModel)
 
@@ -110,9 +111,11 @@ async def form(request: Request, model: type[Sent]) -> Sent:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{where}: {first['msg']}", hint="go back and change it") from None
+        raise ConfigError(_fault(error.errors()[0]), hint=CHANGE_IT) from None
+
+
+def _fault(fault: Mapping[str, Any]) -> str:
+    return f"{place(fault['loc'])}: {clause(fault['msg'])}"
 
 
 def see(path: str) -> RedirectResponse:
@@ -138,9 +141,8 @@ class PageRoute(APIRoute):
                 what, hint = PHRASES.get(error.status_code, (str(error.detail), None))
                 return problem_page(request, error.status_code, what, hint, error.headers)
             except RequestValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(str(part) for part in first["loc"][1:])
-                return problem_page(request, 422, f"{where}: {first['msg']}", "go back and change it")
+                fault = error.errors()[0]
+                return problem_page(request, 422, _fault({**fault, "loc": fault["loc"][1:]}), CHANGE_IT)
             except VouchError as error:
                 return problem_page(request, status_of(error), error.what, error.hint)
 
