@@ -143,6 +143,18 @@ def test_feedback_that_is_no_number_is_refused_where_it_stands(bad: str, tmp_pat
     assert np.isnan(click).sum() == 14 and set(click[~np.isnan(click)]) == {0.0, 1.0}
 
 
+def test_a_task_of_one_class_is_missing_from_the_mean_with_a_notice(tastes: Dataset) -> None:
+    log = tastes.interactions
+    feedback = {**log.feedback, "share": np.where(np.arange(len(log)) % 30 == 0, 1.0, 0.0)}  # never in a last row
+    more = Interactions.from_arrays(log.user, log.item, time=log.time, feedback=feedback)
+    made = split(Dataset(more, Catalog.empty(more.items), None, "more"))
+    model = MTL(**{**SMALL, "tasks": ("click", "share"), "epochs": 1})
+    with pytest.warns(UserWarning, match="AUC share is missing, and not in the mean: its 120 labels are all 0"):
+        model.fit(made, Run(seed=0))
+        found = model.measure(made.test)
+    assert "AUC share" not in found and found["AUC"] == found["AUC click"]
+
+
 def test_values_alone_are_watched_by_their_own_measure(tastes: Dataset) -> None:
     model = MTL(**{**SMALL, "tasks": ("stay",), "epochs": 12, "patience": 12, "learning_rate": 1e-2})
     with pytest.warns(UserWarning, match="one task"):

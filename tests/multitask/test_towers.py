@@ -8,7 +8,7 @@ import torch
 
 from vouch.errors import DataError
 from vouch.multitask.gradients import reached, shared_and_own
-from vouch.multitask.learn import Learner, task_losses
+from vouch.multitask.learn import Learner, TableBatches, task_losses
 from vouch.multitask.table import TaskTable
 from vouch.multitask.towers import PLE, FieldNetwork, MMoE, SharedBottom, gated
 
@@ -119,6 +119,16 @@ def test_losses_skip_unknown_labels_and_absent_tasks():
     assert set(losses) == {"a", "b"}
     assert float(losses["a"]) == pytest.approx(float(torch.nn.functional.softplus(torch.tensor(-0.3))))
     assert float(losses["b"]) == pytest.approx(4.0)
+
+
+def test_rows_without_any_label_are_in_no_batch():
+    nan = float("nan")
+    table = TaskTable.of({"a": [1, 2, 3, 4]}, {"t": [0, nan, 1, nan], "u": [nan, nan, 1, 0]})
+    batches = TableBatches(table, 1)
+    codes = [int(batch.inputs) for batch in batches.epoch(np.random.default_rng(0), 0, 1)]
+    assert len(batches) == 3 and sorted(codes) == [1, 3, 4]
+    with pytest.raises(DataError, match="no row"):
+        TableBatches(table.rows([1]), 1)
 
 
 def test_values_are_learned_in_standard_units_and_told_in_their_own():

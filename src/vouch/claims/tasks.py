@@ -2,7 +2,8 @@
 
 Rows are cut 60/20/20 at random with the seed; codes come from training rows. Every side has the same network (shared
 bottom 64-32, towers 16, fields of 8), batches of 512, at most 12 epochs, and the epoch with the best mean validation
-AUC. Where a side has settings to choose, validation chooses, and all sides choose among as many.
+AUC. Where a side has settings to choose, validation chooses, and all sides choose among as many. The penalty of 1e-5 is
+decoupled weight decay, once for everybody, and next to nothing: best epochs are what keeps networks from overfitting.
 """
 
 from __future__ import annotations
@@ -158,12 +159,13 @@ def _adult(folder: Path) -> Tables:
 
 @dataclass(frozen=True)
 class Side:
-    """One way to train: a balancer, its settings, its kind of network, and the learning rates it may choose among."""
+    """One way to train: a balancer, its settings, the learning rates it may choose among, its network and optimizer."""
 
     balancer: str = "uniform"
     settings: Mapping[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = (2e-3, 1e-3)
     architecture: str = "shared-bottom"
+    optimizer: str = "adam"
 
 
 @dataclass
@@ -222,6 +224,7 @@ def _once(parts: Parts, side: Side, rate: float, scale: Scale, seed: int, metere
         config,
         Run(seed=seed),
         balancer=side.balancer,
+        optimizer=side.optimizer,
         settings=dict(side.settings),
         validate=lambda: scores(predict(learner, valid), valid),
         meter=meter,

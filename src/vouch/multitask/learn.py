@@ -32,9 +32,13 @@ class TaskBatch(NamedTuple):
 
 
 class TableBatches:
-    """Random batches of a table's rows. With several processes each takes every `world`-th row of a batch."""
+    """Random batches of a table's rows that have a label. With several processes each takes every `world`-th row of a batch."""
 
     def __init__(self, table: TaskTable, batch_size: int) -> None:
+        labelled = ~np.isnan(table.label).all(1)
+        if not labelled.any():
+            raise DataError("no row of the table has a label of any task")
+        table = table if labelled.all() else table.rows(labelled)
         self.codes, self.label = torch.from_numpy(table.codes), torch.from_numpy(table.label)
         self.batch_size = batch_size
 

@@ -11,6 +11,7 @@ passes as there are items. Use it on candidates of a model that retrieves where 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -59,7 +60,9 @@ class MTLConfig(TrainConfig):
     weights: tuple[float, ...] = setting((), "weight of each task in the ranking; none is equal weights")
     tau: float = setting(0.3, "of GradCraft: how far gradients are brought to one size", ge=0, le=1)
     batch_size: int = setting(512, "rows of the log in a batch", ge=1)
-    learning_rate: float = setting(2e-3, "step size", gt=0)
+    learning_rate: float = setting(
+        2e-3, "step size; adatask moves what is shared by up to this much for each task", gt=0
+    )
     epochs: int = setting(12, "most passes over the training log", ge=1)
     patience: int = setting(3, "validations without a better mean AUC before training stops", ge=1)
     monitor: str = setting(
@@ -223,7 +226,10 @@ class MTL(Recommender):
         return found
 
     def measure(self, cases: Cases) -> dict[str, float]:
-        """AUC and GAUC of binary tasks, RMSE and R2 of others, on the rows that the cases ask for; see `learn.scores`."""
+        """AUC and GAUC of binary tasks, RMSE and R2 of others, on the rows that the cases ask for; see `learn.scores`.
+
+        Warns where AUC cannot be told: a task whose labels are all of one class.
+        """
         log = cases.log
         rows, bounds = flat_rows(cases.stop, cases.target_stop)
         case = np.repeat(np.arange(len(cases)), np.diff(bounds))
@@ -238,7 +244,15 @@ class MTL(Recommender):
             owner = case[at]
             pairs = pairs_of(log, rows[at], cases.user[owner], cases.start[owner], self.config.history_length)
             predicted.append(self._predict(pairs))
-        return scores(torch.cat(predicted).numpy(), table)
+        found = scores(torch.cat(predicted).numpy(), table)
+        for task, binary, labels in zip(self.tasks, self.learner.binary, label.T, strict=True):
+            if binary and f"AUC {task}" not in found:
+                some = np.unique(labels[~np.isnan(labels)])
+                what = f"are all {some[0]:.0f}" if len(some) else "are all unknown"
+                warnings.warn(
+                    f"AUC {task} is missing, and not in the mean: its {len(labels)} labels {what}", stacklevel=2
+                )
+        return found
 
     def _predict(self, pairs: Pairs) -> Tensor:
         device = self.learner.mean.device
