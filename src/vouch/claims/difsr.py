@@ -104,6 +104,37 @@ class Frozen(_Accuracy):
     reported = "published numbers belong to vectors as drawn"
 
 
+@register_claim
+class Fusion(_Accuracy):
+    """The gate against the plain sum of scores."""
+
+    variant = "fusion"
+    statement = "DIF-SR has a higher test Recall@20 when a gate fuses the scores than when they are added."
+    baseline = "DIF-SR, scores added"
+    baseline_is: ClassVar[tuple[str, dict[str, Any]]] = ("sasrec", {**DECOUPLED, "difsr.fusion": "sum"})
+    reported = "the gate is the best of three, by small differences"
+
+
+@register_claim
+class Concat(Fusion):
+    """The gate against a linear map of all scores."""
+
+    variant = "concat"
+    statement = "DIF-SR has a higher test Recall@20 when a gate fuses the scores than when a linear map of them does."
+    baseline = "DIF-SR, scores joined by a linear map"
+    baseline_is: ClassVar[tuple[str, dict[str, Any]]] = ("sasrec", {**DECOUPLED, "difsr.fusion": "concat"})
+
+
+@register_claim
+class AgainstItemKNN(_Accuracy):
+    """Against counts."""
+
+    variant = "itemknn"
+    statement = "DIF-SR has a higher test Recall@20 than item-kNN."
+    baseline = "item-kNN"
+    baseline_is: ClassVar[tuple[str, dict[str, Any]]] = ("itemknn", {})
+
+
 def shuffled(dataset: Dataset, seed: int) -> Dataset:
     """The dataset with the items' attributes dealt out anew."""
     order = np.random.default_rng(seed).permutation(len(dataset.catalog.items))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from vouch.recommenders.sequential.difsr import (
     binned,
 )
 from vouch.recommenders.sequential.sasrec import SASRec, SASRecEncoder
-from vouch.training import Run
+from vouch.training import Run, seeded
 
 SMALL: dict[str, Any] = {
     "hidden_size": 8,
@@ -99,6 +100,8 @@ def test_vectors_of_attributes_by_hand(pooling: Any, missing: Any) -> None:
 def test_tables_take_all_categorical_fields_or_those_named(rich: Split) -> None:
     source = rich.dataset.catalog
     assert list(attribute_tables(source, AttributesConfig())) == ["genre", "tags"]
+    tags = attribute_tables(source, AttributesConfig())["tags"]
+    assert np.count_nonzero(tags[15]) == 1 and np.count_nonzero(tags[18]) == 2  # t0 twice is t0
     tables = attribute_tables(source, AttributesConfig(fields=("price", "genre"), bins=3))
     assert list(tables) == ["price", "genre"]
     assert tables["genre"][6].tolist() == [0] and tables["genre"][1].tolist() == tables["genre"][5].tolist()
@@ -128,6 +131,10 @@ def test_what_cannot_be_read_is_named(made: Split, rich: Split) -> None:
     same = catalog(log.items, brand=["one"] * log.n_items)
     with pytest.warns(UserWarning, match="'brand' has one value only"):
         DIFSR(**SMALL, **{"difsr.fields": ["brand"]}).begin(split(Dataset(log, same, None, "x")))
+    some = catalog(log.items, brand=["one", *[None] * (log.n_items - 1)])  # to have it tells something
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attribute_tables(some, AttributesConfig(fields=("brand",)))
 
 
 def test_heads_must_divide_the_attribute_size(rich: Split) -> None:
@@ -272,12 +279,14 @@ def test_parameters_are_as_many_as_published() -> None:
 
 
 def test_frozen_vectors_stay_as_drawn_and_learned_ones_move(rich: Split) -> None:
-    for kind in ("frozen", "learned"):
-        model = DIFSR(**SMALL, **{"difsr.embeddings": kind})
-        torch.manual_seed(1)
-        model.fit(rich, Run(seed=2, device="cpu"))
-        spread = model.network.transformer.attention.fields[0].weight.std().item()
-        assert spread > 0.5 if kind == "frozen" else spread < 0.2
+    for kind, std in (("frozen", 1.0), ("learned", 0.02)):
+        fresh, trained = (DIFSR(**SMALL, weight_decay=0.1, **{"difsr.embeddings": kind}) for _ in range(2))
+        with seeded(2):
+            fresh.begin(rich)
+        trained.fit(rich, Run(seed=2, device="cpu"))
+        before, after = (model.network.transformer.attention.fields[1].weight for model in (fresh, trained))
+        assert before.std().item() == pytest.approx(std, rel=0.5)
+        assert torch.equal(before, after) == (kind == "frozen")
 
 
 # The predictor ------------------------------------------------------------------------------------------------

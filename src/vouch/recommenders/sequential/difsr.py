@@ -9,8 +9,9 @@ What differs: the columns of the fusions `gate` and `concat` count from the quer
 the fusion and again after it, so that no position sees later items although all are trained in one pass (in a
 bidirectional encoder they count from the most recent item). An item without an attribute has a vector that stands for
 that, unless `missing=zero`. Attribute vectors are learned, as the paper has it; in the released code they stay as drawn
-(`embeddings=frozen`), which is what the published numbers belong to. Sizes are those that the methods here share; the
-paper's are `hidden_size=256`, `difsr.attribute_size=64`, 3 or 4 layers and 4 or 8 heads.
+(`embeddings=frozen`), which is what the published numbers belong to. One dropout serves the attention too, where the paper
+has 0.3 beside 0.5. Sizes are those that the methods here share; the paper's are `hidden_size=256`,
+`difsr.attribute_size=64`, 3 or 4 layers and 4 or 8 heads.
 Shapes: `B` batch, `H` heads, `T` positions, `D` hidden size, `S` sources, `A` values of one item.
 """
 
@@ -74,7 +75,7 @@ def attribute_tables(catalog: Catalog, settings: AttributesConfig) -> dict[str, 
         codes = binned(catalog, name, settings.bins) if number else catalog.attribute(name).codes.astype(np.int64)
         if not codes.any():
             raise DataError(f"no item has a value of the attribute {name!r}", hint="leave it out of the fields")
-        if codes.max() == 1:
+        if codes.max() == 1 and codes.any(1).all():
             warnings.warn(f"the attribute {name!r} has one value only, so it tells nothing", stacklevel=2)
         tables[name] = codes
     return tables
@@ -263,8 +264,9 @@ class AttributePrediction(Term):
         super().__init__(settings, setup)
         size = setup.recommender.config.hidden_size
         tables = attribute_tables(setup.split.dataset.catalog, settings) if settings.predict > 0 else {}
-        self.codes = [torch.from_numpy(codes) for codes in tables.values()]
-        self.heads = nn.ModuleList(nn.Linear(size, int(codes.max()) + 1) for codes in self.codes)
+        for i, codes in enumerate(tables.values()):
+            self.register_buffer(f"codes_{i}", torch.from_numpy(codes), persistent=False)  # (N, A)
+        self.heads = nn.ModuleList(nn.Linear(size, int(codes.max()) + 1) for codes in self.buffers())
         self.heads.apply(init_weights)
 
     def active(self) -> bool:
@@ -278,8 +280,7 @@ class AttributePrediction(Term):
         del encoder, context
         hidden = hidden_BTD.flatten(0, 1).index_select(0, batch.at)  # (n, D)
         total = hidden.new_zeros((), dtype=torch.float32)
-        for i, head in enumerate(self.heads):
-            self.codes[i] = codes = self.codes[i].to(hidden.device)
+        for head, codes in zip(self.heads, self.buffers(), strict=True):
             logits = head(hidden).float()  # (n, C)
             wanted = torch.zeros_like(logits).scatter_(1, codes[batch.target], 1.0)  # 1 however often a value is named
             loss = F.binary_cross_entropy_with_logits(logits[:, 1:], wanted[:, 1:], reduction="none")
