@@ -13,7 +13,7 @@ each read from its own start, where the paper gives every target the items right
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
