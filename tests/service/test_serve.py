@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -30,7 +31,7 @@ from vouch.service.config import PREFIX, ServiceConfig
 def served(monkeypatch: pytest.MonkeyPatch) -> list[ServiceConfig]:
     """What would be served."""
     found: list[ServiceConfig] = []
-    monkeypatch.setattr(server, "serve", found.append)
+    monkeypatch.setattr(server, "serve", lambda config, **more: found.append(config))
     return found
 
 
@@ -98,14 +99,13 @@ def test_options_become_settings(
     served: list[ServiceConfig], runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(f"{PREFIX}WORKERS", "3")
-    code, _, told = said(
+    code, _, _ = said(
         capsys, "serve", runs / "best", "--port", 9, "--index", "exact", "--set", "max_body=5000", "--set", "hosts=a,b"
     )
     assert code == 0
     assert served == [
         ServiceConfig(run=runs / "best", port=9, workers=3, index="exact", max_body=5_000, hosts=("a", "b"))
     ]
-    assert "http://127.0.0.1:9" in told
 
 
 @pytest.mark.parametrize(
@@ -159,6 +159,41 @@ def test_what_cannot_be_served_is_told_before_anything_starts(
     assert code == 2
     assert told.count("error:") == 1
     assert "try:" in told
+
+
+def test_a_taken_port_is_told_in_words(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        code, _, told = said(capsys, "serve", runs / "best", "--port", other.getsockname()[1])
+    assert code == 2
+    assert "Address already in use" in told and "choose another --port" in told
+    assert "serving" not in told
+
+
+def test_the_port_chosen_for_0_is_told_and_the_run_is_measured_once(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(server, "listen", lambda config, application, address: taken.append(address.getsockname()[1]))
+    code, _, told = said(capsys, "serve", runs / "best", "--port", 0)
+    assert code == 0
+    assert taken[0] > 0 and f"http://127.0.0.1:{taken[0]} " in told
+    assert "test," not in told and not list(runs.glob("best/serving/*/test.json"))
+
+    first = said(capsys, "serve", runs / "best", "--port", 0, "--measure")[2]
+    assert "measuring" in first and "NDCG@10" in first
+    (kept,) = runs.glob("best/serving/*/test.json")
+    assert {"metrics", "groups"} <= json.loads(kept.read_text()).keys()
+    again = said(capsys, "serve", runs / "best", "--port", 0, "--measure")[2]
+    assert "measuring" not in again and "NDCG@10" in again
+
+
+def test_no_key_is_made_for_a_run_that_is_not_there(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, told = said(capsys, "keys", "add", runs / "bset", "shop")
+    assert code == 2 and out == ""
+    assert "there is no run" in told
+    assert said(capsys, "keys", "list", runs / "best")[2].startswith("there are no keys yet")
 
 
 def test_keys_are_added_listed_and_removed(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,6 +278,7 @@ def test_a_run_is_served_until_told_to_stop(runs: Path) -> None:
     told = running.stop()
     assert told.startswith(f"serving {runs / 'best'}")
     assert told.count('"event": "stopped"') == 1
+    assert "%" not in told
 
 
 def test_two_workers_share_events_and_count_together(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vouch.cli import shared
-from vouch.errors import ConfigError, UnknownIdError, VouchError
+from vouch.errors import ConfigError, StorageError, UnknownIdError, VouchError
 
 if TYPE_CHECKING:
     from vouch.service.config import ServiceConfig
@@ -41,6 +42,9 @@ def serve(
         str | None, typer.Option("--keys", help="required, off, or auto: asked for unless on 127.0.0.1.")
     ] = None,
     index: Annotated[str | None, typer.Option("--index", help="auto, exact, hnsw or ivf.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="First measure it on the test part, for the run card; kept beside RUN.")
+    ] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A limit of the service: key=value. Repeat for more.")
     ] = None,
@@ -51,12 +55,12 @@ def serve(
     )
     from vouch.service.server import serve as run_server
 
+    _need_run(config)
     if config.needs_keys and not _has_keys(config):
         shared.say(f"note: there are no API keys yet; make one with: vouch keys add {run} NAME --role admin")
     if not config.needs_keys and not config.is_local:
         shared.say("note: everyone who reaches this address may do everything: no keys are asked for")
-    shared.say(f"serving {run} at http://{config.host}:{config.port} (API: /v1/openapi.json)")
-    run_server(config)
+    run_server(config, measure=measure, tell=shared.say)
 
 
 @keys.command("add", epilog="Example: vouch keys add runs/best shop-frontend --role read")
@@ -75,7 +79,9 @@ def add_key(
         raise ConfigError(f"there is no role {role!r}", hint="use read, write or admin")
     if not name or len(name) > 64 or not name.isprintable():
         raise ConfigError("the name of a key has 1 to 64 printable characters")
-    with _open(_config(run, None, database=database)) as store:
+    config = _config(run, None, database=database)
+    _need_run(config)
+    with _open(config) as store:
         key, row = new_key(name, role, time.time())
         store.add_key(row)
     typer.echo(key)
@@ -93,10 +99,14 @@ def list_keys(run: RunFolder, database: Database = None, as_json: shared.Json = 
     from rich.table import Table
 
     table = Table()
-    for column in ("id", "name", "role"):
+    if not rows:
+        shared.say(f"there are no keys yet; make one with: vouch keys add {run} NAME")
+        return
+    for column in ("id", "name", "role", "made"):
         table.add_column(column)
     for row in rows:
-        table.add_row(str(row["id"]), escape(str(row["name"])), str(row["role"]))
+        made = datetime.fromtimestamp(row["created"], UTC).strftime("%Y-%m-%d")
+        table.add_row(str(row["id"]), escape(str(row["name"])), str(row["role"]), made)
     shared.console().print(table)
 
 
@@ -122,6 +132,15 @@ def _config(run: Path, settings: list[str] | None, **given: Any) -> ServiceConfi
     return ServiceConfig.from_environment(
         **{**chosen, **{name: value for name, value in given.items() if value is not None}, "run": run}
     )
+
+
+def _need_run(config: ServiceConfig) -> None:
+    """Refuse a folder without a run before a database is made beside it; one that is named need not lie beside any."""
+    from vouch.recommenders.runs import is_run
+
+    if not config.database and not is_run(config.run):
+        hint = "vouch train METHOD --data SOURCE --out RUN makes one"
+        raise StorageError(f"there is no run in {str(config.run)!r}", hint=hint)
 
 
 def _need_service() -> None:

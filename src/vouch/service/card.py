@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,21 @@ def measure(run: OpenRun, fingerprint: str, *, most: int = CASES) -> dict[str, A
     except (VouchError, OSError):
         pass  # the folder cannot be written: it is measured again next time
     return result
+
+
+def measure_first(run: OpenRun, tell: Callable[[str], None]) -> dict[str, Any]:
+    """`measure`, unless it was done before; says so, and what came out."""
+    from vouch.service.index import fingerprint_of
+
+    fingerprint = fingerprint_of(run)
+    if _measured(run.path, fingerprint) is None:
+        tell(f"measuring on at most {CASES:,} test cases, once; it is kept beside the run")
+    found = measure(run, fingerprint)
+    values = ", ".join(
+        f"{name} {each['value']:.4f} [{each['low']:.4f}, {each['high']:.4f}]" for name, each in found["metrics"].items()
+    )
+    tell(f"test, {found['cases']:,} of {found['of']:,} cases: {values}")
+    return found
 
 
 def _thirds(values: Any) -> list[float]:

@@ -26,7 +26,9 @@ class JsonLines(logging.Formatter):
             **getattr(record, "facts", {}),
         }
         if not record.name.startswith("vouch"):  # uvicorn's and others', which say nothing of visitors but addresses
-            facts["message"] = record.msg if isinstance(record.msg, str) else type(record.msg).__name__
+            facts["message"] = str(record.msg) if isinstance(record.msg, str) else type(record.msg).__name__
+            if record.name == "uvicorn.error" and record.levelno == logging.INFO:
+                facts["message"] = record.getMessage()  # the life of the server itself: processes, its own address
         if record.exc_info and record.exc_info[0] is not None:
             facts["error"] = record.exc_info[0].__name__
             facts["frames"] = frames(record.exc_info[2])

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
+import socket
 import sys
 import tempfile
 from asyncio import TimerHandle
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.supervisors import Multiprocess
 
+from vouch.errors import VouchError
 from vouch.service.config import ServiceConfig
 from vouch.service.logs import write_json_logs
 
 WORKER_SECONDS = 60
 """A worker that shows no life for so long is replaced; a busy machine may take most of it to load the libraries."""
+STARTUP_FAILED = 3
 MAX_HEAD = 1 << 16
 """Most bytes of a request's line and headers."""
 FULL_BODY = b'{"error": {"what": "too many connections", "where": null, "hint": "connect again later"}}'
@@ -100,38 +106,71 @@ def _limits() -> ServiceConfig:
     return _config
 
 
-def serve(config: ServiceConfig) -> None:
+def serve(config: ServiceConfig, *, measure: bool = False, tell: Callable[[str], None] = lambda text: None) -> None:
     """Serve a run until told to stop.
 
+    Args:
+        measure: measure the run on its test part first, unless that was done before. tell: is told what goes on.
+
     Raises:
-        VouchError: the run or the database cannot be opened; found before anything is served.
+        VouchError: the run or the database cannot be opened, or the address is taken; found before anything is served.
     """
     from vouch.recommenders.runs import open_run
     from vouch.service.storage import Store
 
-    open_run(config.run)
+    run = open_run(config.run)
     Store.open(config.database_url, wait_seconds=config.database_seconds).close()
-    listen(config, "vouch.service.app:from_environment")
+    with bind(config) as address:
+        if measure:
+            from vouch.service.card import measure_first
+
+            measure_first(run, tell)
+        del run  # the workers open it themselves
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        tell(f"serving {config.run} at http://{host}:{address.getsockname()[1]} (API: /v1/openapi.json)")
+        listen(config, "vouch.service.app:from_environment", address)
 
 
-def listen(config: ServiceConfig, application: str) -> None:
+def bind(config: ServiceConfig) -> socket.socket:
+    """The address to listen on, taken.
+
+    Raises:
+        VouchError: it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    taken = socket.socket(family)
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((config.host, config.port))
+    except OSError as error:
+        taken.close()
+        hint = (
+            "choose another --port, or 0 for a free one" if error.errno == errno.EADDRINUSE else "check --host, --port"
+        )
+        reason = error.strerror or str(error)
+        raise VouchError(f"cannot listen on {config.host}, port {config.port}: {reason}", hint=hint) from None
+    taken.set_inheritable(True)
+    return taken
+
+
+def listen(config: ServiceConfig, application: str, address: socket.socket | None = None) -> None:
     """Run the workers until SIGTERM or SIGINT: then no connection is taken any more, requests under way are answered,
     and what was accepted is stored.
 
     Args:
         application: `module:function` that makes the application from the settings in the environment.
+        address: to listen on; that of the settings by default.
     """
+    address = address or bind(config)
     os.environ.update(config.to_environment())
     _allow_files(config.max_connections + 256)
     write_json_logs()
     with contextlib.ExitStack() as stack:
         if config.workers > 1 and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="vouch-"))
-        uvicorn.run(
+        settings = uvicorn.Config(
             application,
             factory=True,
-            host=config.host,
-            port=config.port,
             workers=config.workers,
             http="vouch.service.server:Http",
             ws="none",
@@ -142,6 +181,14 @@ def listen(config: ServiceConfig, application: str) -> None:
             timeout_worker_healthcheck=WORKER_SECONDS,
             timeout_graceful_shutdown=max(1, int(config.drain_seconds)),
         )
+        if config.workers > 1:
+            Multiprocess(settings, sockets=[address]).run()
+            return
+        server = uvicorn.Server(settings)
+        with contextlib.suppress(KeyboardInterrupt):  # it has stopped in order, and raises the signal again
+            server.run(sockets=[address])
+        if not server.started:
+            sys.exit(STARTUP_FAILED)
 
 
 def _allow_files(wanted: int) -> None:
