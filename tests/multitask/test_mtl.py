@@ -138,6 +138,8 @@ def test_feedback_that_is_no_number_is_refused_where_it_stands(bad: str, tmp_pat
     file.write_text("\n".join(["user,item,time,click", *rows]) + "\n")
     with pytest.raises(DataError, match=rf"click is '{bad}'(.|\n)*line 13, column 'click'"):
         read(file, columns={"feedback": "click"})
+    with pytest.raises(DataError, match="'click' is named twice"):
+        read(file, columns={"feedback": "click+click"})
     file.write_text(file.read_text().replace(bad, " 1 "))
     click = read(file, columns={"feedback": "click"}).interactions.feedback["click"]
     assert np.isnan(click).sum() == 14 and set(click[~np.isnan(click)]) == {0.0, 1.0}

@@ -85,7 +85,9 @@ class RawLog:
         found = self.frame.collect_schema().names()
         signals = [name for name in (mapping or {}).get(FEEDBACK, "").split("+") if name]
         roles = {role: name for role, name in (mapping or {}).items() if role != FEEDBACK}
-        for name in signals:
+        for at, name in enumerate(signals):
+            if name in signals[:at]:
+                raise DataError(f"the feedback {name!r} is named twice", hint="name each column once")
             if name not in found:
                 raise DataError(
                     f"there is no column {name!r} (wanted as feedback)",

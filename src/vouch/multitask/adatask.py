@@ -464,14 +464,14 @@ class AUMeter:
     def __init__(self, parameters: Iterable[tuple[str, Tensor]], tasks: Sequence[str], *, gamma: float = 0.99) -> None:
         if not 0 <= gamma < 1:
             raise ConfigError(f"gamma is {gamma}", hint="it lies in [0, 1)")
-        self.names = {id(p): name for name, p in parameters}
+        self.names = {p: name for name, p in parameters}
         self.tasks, self.gamma = list(tasks), gamma
         self.au: dict[str, Tensor] = {}
 
     def update(self, task: int, updates: Mapping[Tensor, Tensor | None]) -> None:
         """`AU_k <- gamma AU_k + (1 - gamma) u_k^2` for the parameters moved; None where task k did not move one."""
         for parameter, u in updates.items():
-            name = self.names.setdefault(id(parameter), f"parameter {len(self.names)} of shape {(*parameter.shape,)}")
+            name = self.names.setdefault(parameter, f"parameter {len(self.names)} of shape {(*parameter.shape,)}")
             if name not in self.au:
                 self.au[name] = parameter.new_zeros((len(self.tasks), *parameter.shape))
             mine = self.au[name][task].mul_(self.gamma)
