@@ -75,6 +75,11 @@ def test_a_log_without_feedback_is_refused() -> None:
     bare = Interactions.from_arrays(log.user, log.item, time=log.time)
     with pytest.raises(DataError, match="no feedback"):
         from_log(Dataset(bare, Catalog.empty(bare.items), None, "bare"))
+    click, seconds = log.feedback["click"], log.feedback["watch_time"]
+    for feedback in ({"click": click}, {"seconds": seconds, "more": 2 * seconds}):
+        few = Interactions.from_arrays(log.user, log.item, time=log.time, feedback=feedback)
+        with pytest.raises(DataError, match=f"few has the feedback {', '.join(feedback)}"):
+            from_log(Dataset(few, Catalog.empty(few.items), None, "few"))
 
 
 @pytest.mark.real

@@ -88,13 +88,19 @@ def from_log(dataset: Dataset) -> Tables:
     """The rows of a log with feedback: user, item, the item's categories, scenario and hour; values become labels.
 
     Raises:
-        DataError: there is no feedback.
+        DataError: there is no feedback, a single signal, or none of 0 and 1.
     """
     log, catalog = dataset.interactions, dataset.catalog
     if not log.feedback:
         raise DataError(
             f"{dataset.name} has no feedback, which claims about several tasks need",
             hint="name its columns when preparing the data: --columns feedback=click+like",
+        )
+    binary = [np.isin(values[~np.isnan(values)], (0, 1)).all() for values in log.feedback.values()]
+    if len(binary) < 2 or not any(binary):
+        raise DataError(
+            f"{dataset.name} has the feedback {', '.join(log.feedback)}",
+            hint="claims about several tasks need two signals or more, and one of them of 0 and 1",
         )
     inputs: dict[str, NDArray[Any]] = {"user": log.user, "item": log.item}
     for name, role in catalog.roles.items():
