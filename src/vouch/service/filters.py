@@ -74,7 +74,11 @@ class Filters:
         """`title`, `attributes` and `picture` of an item."""
         row = self.catalog.table.row(int(code), named=True) if self.catalog.table.width else {}
         roles = self.catalog.roles
-        shown = {name: _plain(value) for name, value in row.items() if value is not None and roles.get(name) != "media"}
+        shown = {
+            name: _plain(_decimal(value) if self.catalog.table.schema[name] == pl.Float32 else value)
+            for name, value in row.items()
+            if value is not None and roles.get(name) != "media"
+        }
         pictures = (self._file(row[name]) for name in self.catalog.columns("media") if row[name] is not None)
         return {
             "title": self.catalog.title(int(code)),
@@ -102,12 +106,19 @@ def _any_of(column: pl.Series, values: list[Any]) -> pl.Series:
         return column.is_in([value for value in values if isinstance(value, bool)])
     if column.dtype.is_numeric():
         numbers = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-        return column.cast(pl.Float64).is_in(numbers)
+        # As precisely as the column is: 12.3 in single precision is not 12.3 in double.
+        precision = pl.Float32 if column.dtype == pl.Float32 else pl.Float64
+        return column.cast(precision).is_in(pl.Series(numbers, dtype=pl.Float64).cast(precision).implode())
     texts = pl.Series([str(value) for value in values], dtype=pl.String)
     if column.dtype == pl.List:
         labels = column.cast(pl.List(pl.String))
         return labels.list.eval(pl.element().is_in(texts.implode())).list.any()
     return column.cast(pl.String).is_in(texts.implode())
+
+
+def _decimal(value: float) -> float:
+    """A number of single precision as it was written: 12.3, not 12.300000190734863."""
+    return float(str(np.float32(value)))
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,11 @@ class Row:
     def verdict(self) -> str:
         """Of the main claim."""
         return self.stands[0].verdict if self.stands else MISSING
+
+    @property
+    def verdicts(self) -> list[str]:
+        """Of all its claims; that it is not built, if it has none."""
+        return [stand.verdict for stand in self.stands] or [MISSING]
 
     @property
     def others(self) -> list[tuple[str, int]]:
@@ -119,13 +125,21 @@ def one(slug: str) -> Row:
     raise UnknownIdError(f"there is no system {slug!r}", hint="the board lists all of them")
 
 
+def counts(rows: Iterable[Row]) -> list[tuple[str, int]]:
+    """How many claims have each verdict, and how many systems are not built: no refuted claim hides behind a main one."""
+    given = Counter(verdict for each in rows for verdict in each.verdicts)
+    return [(name, given[name]) for name in VERDICTS]
+
+
 def chosen(rows: Iterable[Row], verdict: str, area: str, words: str) -> list[Row]:
-    """The rows with a verdict, of an area, whose texts hold some words; an empty choice lets all pass."""
+    """The rows any claim of which has a verdict, of an area, whose texts hold some words; an empty choice lets all pass."""
     wanted = words.casefold().split()
 
     def fits(each: Row) -> bool:
         texts = [each.system.slug, each.system.name, each.system.summary, *(stand.statement for stand in each.stands)]
         text = " ".join(texts).casefold()
-        return verdict in ("", each.verdict) and area in ("", each.system.area) and all(word in text for word in wanted)
+        return (
+            verdict in ("", *each.verdicts) and area in ("", each.system.area) and all(word in text for word in wanted)
+        )
 
     return [each for each in rows if fits(each)]

@@ -230,11 +230,10 @@ def claims(
 ) -> Response:
     """The board of all systems."""
     rows, trouble = board.board()
-    counts = [(name, sum(row.verdict == name for row in rows)) for name in board.VERDICTS]
     part = wants_part(request, "board")
     return page(
         request, "_board.html" if part else "claims.html", part=part,
-        rows=board.chosen(rows, verdict, area, q), total=len(rows), counts=counts, trouble=trouble,
+        rows=board.chosen(rows, verdict, area, q), total=len(rows), counts=board.counts(rows), trouble=trouble,
         areas=sorted({row.system.area for row in rows}), verdict=verdict, area=area, q=q,
     )  # fmt: skip
 
