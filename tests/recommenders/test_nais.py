@@ -362,6 +362,7 @@ def test_beginnings(made: Split) -> None:
             assert table.abs().max().item() <= 0.02 and table.std().item() == pytest.approx(0.0088, rel=0.02)
         std = math.sqrt(2 / (16 + fan_in))
         assert network.W.shape == (16, fan_in) and std < network.W.abs().max().item() <= 2 * std
+        assert network.W.std().item() == pytest.approx(0.88 * std, rel=0.12)
         assert (network.h == 1).all() and (network.b == 0).all() and (network.bias == 0).all()
 
 

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor
 
 from vouch.data import Queries, Query, Split
-from vouch.errors import ConfigError
+from vouch.errors import ConfigError, DataError
 from vouch.nn.transformer import Context
 from vouch.recommenders import load
-from vouch.recommenders.sequential.actsr import ACTSR, Calibrated, CalibratedAttention, CalibrationConfig
+from vouch.recommenders.sequential.actsr import (
+    ACTSR,
+    Calibrated,
+    CalibratedAttention,
+    CalibrationConfig,
+    evenness,
+)
 from vouch.recommenders.sequential.base import Objective, routed_step
 from vouch.recommenders.sequential.batches import SequenceBatch
 from vouch.recommenders.sequential.bert4rec import BERT4Rec
@@ -366,6 +372,34 @@ def test_controls_do_what_they_say(made: Split, kind: str, twice: bool) -> None:
         assert torch.allclose(weights[0, 0, 3], torch.softmax(once, -1), atol=1e-6)
     else:
         assert torch.allclose(weights[0, 0, 3], torch.full((4,), 0.25))
+
+
+def test_the_evenness_of_the_masks_is_reported(made: Split) -> None:
+    even = torch.ones(2, 3, 4, 4).tril() / torch.arange(1.0, 5).view(4, 1)
+    real = torch.tensor([[True] * 4, [True, True, False, False]])
+    assert evenness(even, real).tolist() == pytest.approx([1.0] * 3 * (3 + 1))
+    rows = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.1, 0, 0], [0.5, 0.25, 0.25, 0], [0.25] * 4]).expand(1, 1, 4, 4)
+    want = [-(0.9 * math.log(0.9) + 0.1 * math.log(0.1)) / math.log(2), 1.5 * math.log(2) / math.log(3), 1.0]
+    assert evenness(rows, real[:1]).tolist() == pytest.approx(want)
+
+    model = ACTSR(**{**SMALL, "epochs": 1})
+    model.fit(made, Run(device="cpu"))
+    assert 0.9 < model.diagnostics["actsr.mask_evenness"] <= 1 + 1e-6  # next to no training
+    _, objective, batch = started(made)  # with large weights
+    objective.loss(batch)
+    assert 0 < objective.terms["actsr"].diagnose()["actsr.mask_evenness"] < 0.999
+    assert not any("last" in name for name in model.begin(made).state_dict())
+    uniform = ACTSR(**{**SMALL, "epochs": 1}, **{"actsr.mask": "uniform"})
+    uniform.fit(made, Run(device="cpu"))
+    assert uniform.diagnostics == {}
+
+
+def test_a_window_longer_than_the_gates_is_named_and_long_histories_are_cut(made: Split) -> None:
+    model, _, _ = started(made)
+    with pytest.raises(DataError, match="a history of 9 events for a gate of 8"):
+        model.network(torch.zeros(1, 9, dtype=torch.int64), torch.tensor([9]))
+    long = list(range(20))
+    assert torch.equal(*(model.score(Queries.from_histories([history])) for history in (long, long[-8:])))
 
 
 def test_heads_must_divide_the_size() -> None:

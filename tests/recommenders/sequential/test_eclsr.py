@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,18 @@ from vouch.data import Queries, Split
 from vouch.errors import ConfigError
 from vouch.nn.transformer import Context
 from vouch.recommenders import load
+from vouch.recommenders.sequential import base
 from vouch.recommenders.sequential.base import Objective
 from vouch.recommenders.sequential.batches import SequenceBatch
-from vouch.recommenders.sequential.eclsr import ECLSR, Equivariance, EquivarianceConfig, hide, invariance, last_mean
+from vouch.recommenders.sequential.eclsr import (
+    ECLSR,
+    Equivariance,
+    EquivarianceConfig,
+    hide,
+    invariance,
+    judged,
+    last_mean,
+)
 from vouch.recommenders.sequential.gru4rec import GRU4Rec
 from vouch.recommenders.sequential.parts import Histories
 from vouch.recommenders.sequential.sasrec import SASRec
@@ -226,7 +236,8 @@ def test_one_history_alone_has_no_contrast_and_one_item_nothing_to_hide(made: Sp
         batch.user[:1],
         {"eclsr": (torch.zeros(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.int64))},
     )
-    assert set(objective.loss(one)) == {"next"}
+    with pytest.warns(UserWarning, match="a batch holds one history"):
+        assert set(objective.loss(one)) == {"next"}
 
 
 def test_more_padding_changes_no_loss(made: Split) -> None:
@@ -281,21 +292,66 @@ def test_all_losses_fall_in_training(ring: Split) -> None:
     assert set(model.diagnostics) >= {"eclsr.replaced"}
 
 
-def test_a_second_stage_goes_on_from_the_best_and_can_be_resumed(made: Split, tmp_path: Path) -> None:
+def test_a_second_stage_goes_on_from_the_best_and_can_be_resumed(
+    made: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape = {**SMALL, **ALL, "epochs": 2, "eclsr.stages": 2}
     straight = ECLSR(**shape)
     report = straight.fit(made, Run(seed=1, device="cpu", path=tmp_path / "a"))
     assert report.epochs == 4 and [row["epoch"] for row in report.history] == [1, 2, 3, 4]
     assert "discriminate" in report.history[1] and "discriminate" not in report.history[2]
     assert "contrast" in report.history[3]
-    # stopped after the first stage, and resumed
-    ECLSR(**{**shape, "eclsr.stages": 1}).fit(made, Run(seed=1, device="cpu", path=tmp_path / "b"))
-    again = ECLSR(**shape)
-    again.fit(made, Run(seed=1, device="cpu", path=tmp_path / "a", resume=True))
     queries = Queries.from_histories([[1, 2, 3], [7]])
-    assert torch.equal(straight.score(queries), again.score(queries))
     straight.save(tmp_path / "model")
     assert torch.equal(load(tmp_path / "model").score(queries), straight.score(queries))
+    # stopped in either stage, and resumed
+    fit = base.fit
+    for stop in (1, 2):
+        path, calls = tmp_path / f"stopped-{stop}", []
+
+        def stopping(*args: Any, calls: list[int] = calls, stop: int = stop, **more: Any) -> Any:
+            calls.append(1)
+            return fit(*args, **{**more, "run": replace(more["run"], max_seconds=1e-9)} if len(calls) == stop else more)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(base, "fit", stopping)
+            stopped = ECLSR(**shape).fit(made, Run(seed=1, device="cpu", path=path))
+        assert stopped.stopped == "time" and stopped.epochs == (1 if stop == 1 else 3)
+        assert (path / "stage-2").exists() == (stop == 2)
+        again = ECLSR(**shape)
+        resumed = again.fit(made, Run(seed=1, device="cpu", path=path, resume=True))
+        assert torch.equal(straight.score(queries), again.score(queries)), stop
+        assert [row["loss"] for row in resumed.history] == [row["loss"] for row in report.history]
+
+
+def test_the_second_stage_keeps_the_optimizer_and_has_new_patience(
+    made: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    train = ECLSR.train
+
+    def watched(self: Any, objective: Objective, split: Split, run: Run, optimizer: Any) -> Any:
+        steps = [int(slots["step"]) for slots in optimizer.state.values()]
+        report = train(self, objective, split, run, optimizer)
+        seen.append((max(steps, default=0), report.epochs))
+        return report
+
+    monkeypatch.setattr(ECLSR, "train", watched)
+    # with steps of no size nothing gets better after the first epoch: each stage waits as long as the other
+    shape = {**SMALL, **ALL, "epochs": 9, "patience": 2, "learning_rate": 1e-30, "eclsr.stages": 2}
+    model = ECLSR(**shape)
+    report = model.fit(made, Run(seed=1, device="cpu"))
+    per_epoch = len(model.batches(made.train))
+    assert seen == [(0, 3), (3 * per_epoch, 3)] and report.epochs == 6
+
+
+def test_areas_under_the_curve_by_counting_pairs() -> None:
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 6, (40,), generator=random).float()  # with ties
+    replaced = torch.rand(40, generator=random) < 0.4
+    won = sum(float(bad > good) + 0.5 * float(bad == good) for bad in logits[replaced] for good in logits[~replaced])
+    n = int(replaced.sum())
+    assert judged(logits, replaced).tolist() == [won, n * (40 - n), n, 40]
 
 
 def test_it_serves_other_encoders_and_names_what_does_not_fit(made: Split) -> None:
@@ -309,3 +365,9 @@ def test_it_serves_other_encoders_and_names_what_does_not_fit(made: Split) -> No
 def test_shares_lie_within_bounds(share: float) -> None:
     with pytest.raises(ConfigError, match="mask_share"):
         ECLSR(**{"eclsr.mask_share": share})
+
+
+def test_there_are_two_stages_at_most() -> None:
+    assert ECLSR(**{"eclsr.stages": "2"}).config.part("eclsr").stages == 2  # as the command line gives it
+    with pytest.raises(ConfigError, match="stages"):
+        ECLSR(**{"eclsr.stages": 3})

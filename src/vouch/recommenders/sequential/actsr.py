@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vouch.config import Choice, Config, setting
+from vouch.errors import DataError
 from vouch.nn.transformer import Context, ExplicitAttention, attend
 from vouch.recommenders.sequential.base import NextItem, SequenceEncoder, SequentialRecommender
 from vouch.recommenders.sequential.batches import SequenceBatch
@@ -83,8 +84,17 @@ class CalibratedAttention(ExplicitAttention):
         return order, distance
 
     def weigh(self, q_BTD: Tensor, k_BTD: Tensor, mask: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """Origin attention, its calibration, and the attacked branch of the last layer in training."""
-        settings = self.settings
+        """Origin attention, its calibration, and the attacked branch of the last layer in training.
+
+        Raises:
+            DataError: there are more positions than the gate has outputs.
+        """
+        settings, T = self.settings, q_BTD.shape[1]
+        if self.gate.out_features < T:
+            raise DataError(
+                f"a history of {T} events for a gate of {self.gate.out_features}",
+                hint="give the last max_length events, or train with a greater max_length",
+            )
         q, k = self.heads(q_BTD), self.heads(k_BTD)
         scale = q.shape[-1] ** -0.5
         plain = (q @ k.transpose(-1, -2)).float()
@@ -211,6 +221,7 @@ class Attack(Term):
     def __init__(self, settings: CalibrationConfig, setup: Setup) -> None:
         super().__init__(settings, setup)
         self.next = NextItem(None, setup)
+        self.last: tuple[SequenceEncoder, SequenceBatch] | None = None  # a tuple, so that it is no module of its own
         layers = [layer for layer in setup.encoder.modules() if isinstance(layer, CalibratedAttention)]
         self.theirs: list[nn.Parameter] = []
         for layer in layers:
@@ -229,9 +240,29 @@ class Attack(Term):
     ) -> dict[str, Tensor]:
         """`{"attack": ...}`."""
         assert context.second is not None
+        self.last = encoder, batch
         broken = self.next(encoder, context.second, batch, context)["next"]
         penalty = torch.stack(context.notes["penalty"]).mean()
         return {"attack": self.settings.penalty * penalty - broken}
+
+    @torch.no_grad()
+    def diagnose(self) -> dict[str, float]:
+        """How even the attacker's masks are, on the last batch: 1 where they are uniform and tell nothing apart."""
+        if self.last is None:
+            return {}
+        encoder, batch = self.last
+        context = Context(user=batch.user, watch=True)
+        encoder(batch.items, batch.lengths, context)
+        seen = evenness(torch.cat(context.notes["mask"]), (batch.items != -1).repeat(len(context.notes["mask"]), 1))
+        return {"actsr.mask_evenness": float(seen.mean())} if len(seen) else {}
+
+
+def evenness(weights_BHTT: Tensor, real_BT: Tensor) -> Tensor:
+    """Entropy of each row of weights by that of equal ones `(n,)`; of real queries that see two keys or more."""
+    rows = weights_BHTT.transpose(1, 2)[real_BT].flatten(0, 1)  # (n, T)
+    keys = (rows > 0).sum(-1)
+    rows, keys = rows[keys > 1], keys[keys > 1]
+    return torch.special.entr(rows).sum(-1) / keys.float().log()
 
 
 class ACTSRConfig(SASRecConfig):

@@ -7,12 +7,14 @@ tell which items the generator replaced (equivariance). Use it with any encoder:
 
 What differs from the released code: padding has no part in any loss, and averages of the last outputs run over real
 positions; the second stage, which the released code never reaches, is `stages=2`; other histories of the same user are
-no negatives. All prefixes of a history are trained in one pass; the three losses take whole histories. The defaults are
-those of Toys, the only published weights that belong to losses without padding.
+no negatives; the first item of a history is never hidden. All prefixes of a history are trained in one pass; the three
+losses take whole histories. As in the published settings the discriminator is the encoder itself; the paper draws it
+apart (`share="own"`). The defaults are those of Toys, the only published weights that belong to losses without padding.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -61,12 +63,7 @@ class EquivarianceConfig(Config):
     invariant_to: Literal["dropout", "replacement"] = setting("dropout", "the second view; replacement is a control")
     generator_layers: int = setting(2, "transformer blocks of the generator, and of a discriminator of its own", ge=1)
     num_heads: int = setting(2, "their attention heads; divides hidden_size", ge=1)
-    stages: Literal[1, 2] = setting(1, "2 goes on without discriminator and generator after the first has stopped")
-
-    def __init__(self, **values: Any) -> None:
-        if isinstance(values.get("stages"), str) and values["stages"].isdigit():
-            values["stages"] = int(values["stages"])
-        super().__init__(**values)
+    stages: int = setting(1, "2 goes on without discriminator and generator after the first has stopped", ge=1, le=2)
 
 
 def hide(histories: Histories, settings: EquivarianceConfig, longest: int, generator: np.random.Generator) -> Any:
@@ -198,7 +195,13 @@ class Equivariance(Term):
         edited, generated = batch.items, None
         if self.edits():
             edited, generated = self.edit(encoder, batch)
-        if settings.contrast > 0 and len(batch.items) > 1:  # one history has nothing to differ from
+        if settings.contrast > 0 and len(batch.items) < 2:
+            warnings.warn(
+                "a batch holds one history, which has no other to differ from: it takes no part in the invariance to "
+                "dropout; raise batch_size if this is not the last batch",
+                stacklevel=2,
+            )
+        elif settings.contrast > 0:
             other = encoder(edited if settings.invariant_to == "replacement" else batch.items, batch.lengths)
             one, two = (last_mean(h, batch.lengths, settings.last) for h in (hidden_BTD, other))
             found["contrast"] = settings.contrast * invariance(one, two, settings.temperature, batch.user)
@@ -306,6 +309,7 @@ class ECLSR(SASRec):
 
         The second stage starts from the best of the first with its optimizer, without discriminator and generator, and
         with new patience. Its checkpoints lie in `stage-2`, so a stopped run goes on in the stage it was in.
+        `run.max_seconds` is for both together.
         """
         run, settings = run or Run(), self.config.part("eclsr") if "eclsr" in self.config.terms() else None
         if settings is None or settings.stages == 1:
@@ -314,12 +318,15 @@ class ECLSR(SASRec):
             objective = self.begin(split)
             optimizer = self.optimizer(objective)
             first = self.train(objective, split, run, optimizer)
+            if first.stopped == "time":  # resuming finishes the first stage before it begins the second
+                return first
             term = objective.terms["eclsr"]
             assert isinstance(term, Equivariance)
             measured = self.diagnostics
             term.settings, term.discriminates = settings.updated({"discriminate": 0.0, "generate": 0.0}), False
             path = None if run.path is None else Path(run.path) / "stage-2"
-            second = self.train(objective, split, replace(run, path=path), optimizer)
+            left = None if run.max_seconds is None else max(run.max_seconds - first.seconds, 0.0)
+            second = self.train(objective, split, replace(run, path=path, max_seconds=left), optimizer)
             self.diagnostics = measured
         return replace(
             second,
