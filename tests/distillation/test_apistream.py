@@ -273,8 +273,9 @@ def test_the_generators_gradient_by_hand(monkeypatch: pytest.MonkeyPatch, own_gr
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_the_own_networks_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, second, service = midway(similarity=0.4)
+@pytest.mark.parametrize("kind", ["l1", "kl"])
+def test_the_own_networks_loss_by_hand(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    made, second, service = midway(similarity=0.4, gap=kind)
     task = made.task
     assert task is not None and task.old is not None
     with torch.no_grad():
@@ -288,12 +289,26 @@ def test_the_own_networks_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.cat([generator(torch.randn(4, 4)) for generator in task.generators]).tanh()
         inputs, answers = made.memory[0]
         chosen = torch.randint(len(inputs), (5,))
-        new = (centred(made.head(made.features(x))[:, 2:]) - centred(service.net(x).softmax(1).log())).abs().mean()
-        out = made.head(made.features(inputs[chosen]))[:, :2]
-        old = (centred(out) - centred(answers[chosen].log())).abs().mean()
+        new = gap(made.head(made.features(x))[:, 2:], service.net(x).softmax(1), kind).mean()
+        old = gap(made.head(made.features(inputs[chosen]))[:, :2], answers[chosen], kind).mean()
         unlike = dissimilarity(made.features, task.old, made.layers, inputs[chosen])
     assert unlike > 1e-4
     assert caught.value.loss.item() == pytest.approx((new + old + 0.4 * unlike).item(), rel=1e-5)
+
+
+def test_the_own_learning_rate_falls_at_its_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[tuple[int, float]] = []
+    descend = Task._descend
+
+    def watched(self: Task, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer is self.own_optimizer:
+            rates.append((self.step, optimizer.param_groups[0]["lr"]))
+        descend(self, loss, optimizer)
+
+    monkeypatch.setattr(Task, "_descend", watched)
+    stream(decay_at=(0.3, 0.6), learning_rate=0.01).learn(api(0), run=CPU)
+    steps = [1, 2, 4, 5, 7, 8, 10, 11]  # of 12; the others are the generators'
+    assert rates == [(s, pytest.approx(0.01 * 0.3 ** ((s >= 3.6) + (s >= 7.2)))) for s in steps]
 
 
 # ---- counts and budgets
