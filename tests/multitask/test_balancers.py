@@ -617,11 +617,16 @@ def test_losses_of_several_kinds_and_in_another_order(slug):
     for order in (TASKS, TASKS[::-1]):
         model = Body()
         balancer = quiet(slug, model)
+        if slug == "uw":
+            balancer.log_variances.data.copy_(torch.tensor([0.5, -1.0, 2.0]))
+        if slug == "dwa":
+            balancer.weights = np.array([0.5, 1.0, 1.5])
         losses = model.losses(x, y)
         losses["click"], losses["like"] = losses["click"].double(), losses["like"].bfloat16()
         balancer.backward({task: losses[task] for task in order})
         assert balancer.report.tasks == list(order) and all(p.grad.dtype == torch.float32 for p in model.parameters())
-        found.append(flat(model.parameters()))
+        learned = balancer.sums if slug == "dwa" else flat(balancer.parameters()) if slug == "uw" else []
+        found.append(np.append(flat(model.parameters()), learned))
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5 * np.abs(found[0]).max())
 
 
