@@ -46,6 +46,13 @@ def test_attributes_are_padded_codes() -> None:
         catalog.attribute("price")
 
 
+def test_nothing_in_a_list_is_no_value() -> None:
+    frame = pl.DataFrame({"item": [3, 5, 8], "tags": [["x", None], [None], ["y"]]})
+    tags = Catalog.from_frame(ITEMS, frame, id_column="item").attribute("tags")
+    assert "None" not in tags.labels and tags.labels[0] == "(missing)"
+    assert [int((row > 0).sum()) for row in tags.codes].count(0) == 1
+
+
 def test_saved_catalogues_open_the_same(tmp_path) -> None:
     features = {"image": np.arange(6, dtype=np.float32).reshape(3, 2)}
     for catalog in (

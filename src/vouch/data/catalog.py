@@ -116,7 +116,7 @@ class Catalog:
         column = self.table[name]
         if column.dtype != pl.List:
             column = column.cast(pl.String).map_elements(lambda value: [value], return_dtype=pl.List(pl.String))
-        lists = [sorted(set(map(str, values))) if values is not None else [] for values in column.to_list()]
+        lists = [sorted({str(each) for each in values or () if each is not None}) for values in column.to_list()]
         labels = sorted({label for values in lists for label in values})
         rank = {label: code + 1 for code, label in enumerate(labels)}
         codes = np.zeros((len(lists), max(1, max(map(len, lists), default=1))), dtype=np.int32)
