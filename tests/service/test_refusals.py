@@ -51,6 +51,35 @@ def test_a_bad_body_is_refused_in_plain_words(
     assert error["hint"] is None if hint is None else hint in error["hint"]
 
 
+def test_a_browser_gets_a_page_where_there_is_none(shared: TestClient) -> None:
+    shown = shared.get("/shopp", headers={"Accept": "text/html,*/*"})
+    assert shown.status_code == 404
+    assert "<h1>" in shown.text and "There is no such page" in shown.text
+    assert "script-src 'self'" in shown.headers["content-security-policy"]
+    for path, accept in (("/shopp", "*/*"), ("/v1/shopp", "text/html")):
+        assert shared.get(path, headers={"Accept": accept}).json()["error"]["what"] == "there is no such page"
+
+
+def test_a_head_is_answered_as_a_get(shared: TestClient) -> None:
+    for path in ("/healthz", "/readyz", "/v1/card", "/shop"):
+        assert shared.head(path).status_code == 200
+    assert shared.head("/v1/recommend").status_code == 405
+
+
+def test_an_explanation_without_a_history_says_so(shared: TestClient) -> None:
+    def notes(history: list[str]) -> list[str]:
+        return shared.post("/v1/explain", json={"item": "i3", "history": history}).json()["notes"]
+
+    assert notes([]) == notes(["nothing known"]) == ["there is no history that the recommendation could rest on"]
+    assert notes(["i1"]) == []
+
+
+def test_too_few_items_are_explained(shared: TestClient) -> None:
+    body = {"user": "u1", "k": 5, "filters": [{"attribute": "brand", "equals": "none has it"}]}
+    answer = shared.post("/v1/recommend", json=body).json()
+    assert answer["recommendations"] == [] and "no others pass the filters" in answer["notes"][0]
+
+
 def test_a_page_names_the_field(shared: TestClient) -> None:
     text = shared.get("/shop?q=" + "x" * 300).text
     assert "q: string should have at most 200 characters" in text.lower()

@@ -72,7 +72,7 @@ def create_app(config: ServiceConfig, open_engine: Callable[[Path], Answers] | N
         openapi_url="/v1/openapi.json",
         separate_input_output_schemas=False,
     )
-    add_handlers(app)
+    add_handlers(app, pages.problem_page)
     app.include_router(api.router)
     app.include_router(pages.router())
     _add_probes(app, metrics)

@@ -187,7 +187,7 @@ class Engine:
             name, known = getattr(question, kind), self.log.labels.get(kind, ())
             if name is not None and name not in known:
                 hint = did_you_mean(name, known) if known else f"the log has no column {kind}"
-                raise UnknownIdError(f"there is no {kind} {name!r}", hint=hint)
+                raise UnknownIdError(f"there is no {kind} {name!r}", where=kind, hint=hint)
 
     def recommend(self, questions: Sequence[Question]) -> list[list[Recommended]]:
         """The best items of each question, as `Answer`s: one pass of the model and one search for all of them.

@@ -49,6 +49,9 @@ class Front:
             await self.app(scope, receive, send)
             return
         begun, id = time.perf_counter(), secrets.token_hex(8)
+        # A HEAD is answered as a GET whose body the server leaves out: load balancers and link checkers ask so.
+        asked = scope["method"]
+        scope = {**scope, "method": "GET" if asked == "HEAD" else asked}
         scope["state"] = {**scope.get("state", {}), "request_id": id}
         status = 0
 
@@ -71,7 +74,7 @@ class Front:
                 response = problem(500, "something went wrong in the service", None, f"its log tells more of {id}")
                 await response(scope, receive, answer)
         finally:
-            self._note(scope, id, status, time.perf_counter() - begun)
+            self._note({**scope, "method": asked}, id, status, time.perf_counter() - begun)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         if "*" not in self.hosts and _host(scope) not in self.hosts:
@@ -123,7 +126,8 @@ class Front:
     async def _refuse(self, reason: str, status: int, what: str, scope: Scope, receive: Receive, send: Send) -> None:
         self.metrics.refused.labels(reason).inc()
         headers = {"Connection": "close"} if scope.get("http_version") == "1.1" else None
-        await problem(status, what, headers=headers)(scope, receive, send)
+        hint = "whoever runs the service names its hosts: --set hosts=NAME,NAME" if reason == "host" else None
+        await problem(status, what, hint=hint, headers=headers)(scope, receive, send)
 
     def _note(self, scope: Scope, id: str, status: int, seconds: float) -> None:
         route = route_of(scope)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -163,6 +164,7 @@ def export_onnx(scoring: Scoring, file: Path) -> dict[str, Any]:
     try:
         with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(said):
             warnings.simplefilter("ignore")
+            logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nothing here needs
             torch.onnx.export(
                 network,
                 given,

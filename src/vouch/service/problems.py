@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from vouch.errors import ConfigError, UnknownIdError, VouchError, clause
@@ -63,8 +63,12 @@ def status_of(error: VouchError) -> int:
     return 422 if isinstance(error, ConfigError) else 500
 
 
-def add_handlers(app: FastAPI) -> None:
-    """Answer errors of all kinds in one form."""
+def add_handlers(app: FastAPI, page: Callable[[Request, int, str, str | None], Response] | None = None) -> None:
+    """Answer errors of all kinds in one form.
+
+    Args:
+        page: makes what a browser is shown at an address, outside the API, that does not exist.
+    """
 
     @app.exception_handler(VouchError)
     def _vouch(request: Request, error: VouchError) -> JSONResponse:
@@ -73,10 +77,13 @@ def add_handlers(app: FastAPI) -> None:
         return problem(status, error.what, where, error.hint, RETRY if status == 503 else None)
 
     @app.exception_handler(HTTPException)
-    def _http(request: Request, error: HTTPException) -> JSONResponse:
+    def _http(request: Request, error: HTTPException) -> Response:
         if isinstance(error, Refused):
             return problem(error.status_code, error.detail, error.where, error.hint, error.headers)
         what, hint = PHRASES.get(error.status_code, (str(error.detail), None))
+        browser = "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/v1")
+        if page is not None and browser and error.status_code == 404:
+            return page(request, 404, what, None)
         return problem(error.status_code, what, None, hint, error.headers)
 
     @app.exception_handler(RequestValidationError)

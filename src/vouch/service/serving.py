@@ -37,7 +37,8 @@ Open = Callable[[Path], Answers]
 ACTIVE = "active"
 WITHOUT_EVENTS = "the database is not at hand: stored events and dislikes are not taken into account"
 NOTHING_KNOWN = "there was no history to go by: these are popular items"
-FEWER = "fewer items than asked for may be recommended"
+NOTHING_TO_REST_ON = "there is no history that the recommendation could rest on"
+FEWER = "these are fewer items than asked for: no others pass the filters and exclusions"
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,10 @@ class Serving:
             reasons=self._reasons(served, past.history, [request.item], request.user, request.n)[0],
             evidence=served.engine.evidence(past.history, request.item, request.user),
             unknown=unknown_items(served.engine, past.history) if request.history is not None else [],
-            notes=[] if past.complete else [WITHOUT_EVENTS],
+            notes=[
+                *([] if past.complete else [WITHOUT_EVENTS]),
+                *([] if (served.engine.codes(past.history) >= 0).any() else [NOTHING_TO_REST_ON]),
+            ],
             model=served.model,
         )
 
@@ -352,7 +356,8 @@ def _question(served: Served, request: schemas.RecommendRequest, past: Past) -> 
         )
         served.engine.check(question)
     except VouchError as error:
-        return ConfigError(error.what, where=error.where or "body", hint=error.hint)
+        where = f"body.{error.where}" if error.where and not error.where.startswith("body") else error.where or "body"
+        return ConfigError(error.what, where=where, hint=error.hint)
     return question
 
 
