@@ -10,7 +10,7 @@ from vouch import Dataset, Interactions, Queries, Query, Run, load, split
 from vouch.data import Catalog
 from vouch.data.readers import read
 from vouch.data.world import WorldConfig, build
-from vouch.errors import DataError, UnknownIdError
+from vouch.errors import ConfigError, DataError, UnknownIdError
 from vouch.multitask.balancers import balancers
 from vouch.multitask.mtl import MTL
 
@@ -90,6 +90,28 @@ def test_every_balancer_trains_it(world: Dataset, balancer: str) -> None:
     assert {"AUC click", "AUC like", "RMSE watch_time"} <= set(found)
     losses = [row["loss"] for row in report.history]
     assert losses[-1] < losses[0]
+
+
+def test_settings_of_the_balancer_reach_it(world: Dataset) -> None:
+    config = MTL.Config.parse(["balancer=gradcraft", "gradcraft.tau=0.7", "epochs=1"])
+    assert config.value("gradcraft.tau") == 0.7 and config.value("cagrad.c") is None
+    assert config.updated({"epochs": 2}).balancing == {"tau": 0.7}
+    model = MTL(**{**SMALL, "balancer": "gradcraft", "gradcraft.tau": 0.7, "epochs": 1})
+    model.fit(split(world), Run(seed=0))
+    assert model.told["balancer"].config.tau == 0.7
+
+
+def test_settings_that_no_balancer_takes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="settings for 'cagrad', but the balancer is 'gradcraft'"):
+        MTL(balancer="gradcraft", **{"cagrad.c": 0.3})
+    with pytest.raises(ConfigError, match="'tau'"):
+        MTL(balancer="gradcraft", **{"gradcraft.tau": 3})
+    with pytest.raises(ConfigError, match="no setting 'tua'"):
+        MTL(balancer="gradcraft", **{"gradcraft.tua": 0.3})
+    with pytest.raises(ConfigError, match="adatask has no settings here"):
+        MTL(balancer="adatask", **{"adatask.tau": 0.3})
+    with pytest.raises(UnknownIdError, match="no balancer 'gradkraft'"):
+        MTL(balancer="gradkraft", **{"gradkraft.tau": 0.3})
 
 
 @pytest.mark.parametrize("balancer", ["uw", "dwa", "gradnorm", "gradvac", "gradcraft", "adatask"])

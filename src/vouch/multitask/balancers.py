@@ -269,7 +269,16 @@ def make(slug: str, parameters: Iterable[Any], **settings: Any) -> Balancer:
         UnknownIdError: there is none of that name; the message names near ones.
         ConfigError: as `Balancer`.
     """
+    return find(slug)(parameters, **settings)
+
+
+def find(slug: str) -> type[Balancer]:
+    """The class of a balancer by name.
+
+    Raises:
+        UnknownIdError: there is none of that name; the message names near ones.
+    """
     known = balancers()
     if slug not in known:
         raise UnknownIdError(f"there is no balancer {slug!r}", hint=did_you_mean(slug, known))
-    return known[slug](parameters, **settings)
+    return known[slug]

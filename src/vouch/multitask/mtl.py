@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from vouch.config import Choice, setting
 from vouch.data import Cases, Interactions, Queries, Split
 from vouch.data.queries import flat_rows, right_aligned
-from vouch.errors import DataError, did_you_mean
+from vouch.errors import ConfigError, DataError, did_you_mean
+from vouch.multitask.balancers import find
 from vouch.multitask.learn import Learner, TaskBatch, learn, scores
 from vouch.multitask.table import TaskTable
 from vouch.multitask.towers import FieldNetwork
@@ -40,10 +41,15 @@ EXTRA = "_extra_state"
 
 
 class MTLConfig(TrainConfig):
-    """Settings of the multi-task recommender."""
+    """Settings of the multi-task recommender.
+
+    Settings of the balancer are written `SLUG.NAME`, as in `MTL(balancer="gradcraft", **{"gradcraft.tau": 0.5})`, and
+    kept in `balancing`.
+    """
 
     tasks: tuple[str, ...] = setting((), "names of the log's feedback to learn; none is all of it")
     balancer: str = setting("uniform", "how the tasks' gradients are put together; adatask is an optimizer")
+    balancing: dict[str, Any] = setting({}, "settings of the balancer, written SLUG.NAME=VALUE")
     optimizer: Literal["adam", "rmsprop", "adagrad"] = setting("adam", "kind of optimizer")
     architecture: Literal["shared-bottom", "mmoe", "ple"] = setting(
         "shared-bottom", "what tasks share", search=Choice(("shared-bottom", "mmoe", "ple"))
@@ -58,7 +64,6 @@ class MTLConfig(TrainConfig):
         0.1, "share of training rows whose user is hidden, so that anyone can be served", ge=0, lt=1
     )
     weights: tuple[float, ...] = setting((), "weight of each task in the ranking; none is equal weights")
-    tau: float = setting(0.3, "of GradCraft: how far gradients are brought to one size", ge=0, le=1)
     batch_size: int = setting(512, "rows of the log in a batch", ge=1)
     learning_rate: float = setting(
         2e-3, "step size; adatask moves what is shared by up to this much for each task", gt=0
@@ -68,6 +73,33 @@ class MTLConfig(TrainConfig):
     monitor: str = setting(
         "AUC", "validation metric that picks the best epoch: AUC (R2 where no task is binary), GAUC, or one of a task"
     )
+
+    def __init__(self, **values: Any) -> None:
+        plain = {name: value for name, value in values.items() if "." not in name}
+        balancer = plain.get("balancer", type(self).model_fields["balancer"].default)
+        given = dict(plain.pop("balancing", None) or {})
+        for name in sorted(name for name in values if "." in name):
+            slug, _, own = name.partition(".")
+            if slug != balancer:
+                raise ConfigError(
+                    f"there are settings for {slug!r}, but the balancer is {balancer!r}", hint=f"set balancer={slug}"
+                )
+            given[own] = values[name]
+        if given:
+            if balancer == "adatask":
+                raise ConfigError(
+                    "adatask has no settings here", hint="its optimizers have, in vouch.multitask.adatask"
+                )
+            checked = find(balancer).Config(**given)
+            given = {name: getattr(checked, name) for name in given}
+        super().__init__(**{**plain, "balancing": given})
+
+    def value(self, name: str) -> Any:
+        """A setting by its name; None where it is that of another balancer."""
+        slug, dot, own = name.partition(".")
+        if not dot:
+            return getattr(self, name)
+        return getattr(find(slug).Config(**self.balancing), own) if slug == self.balancer else None
 
 
 class Pairs(NamedTuple):
@@ -188,7 +220,6 @@ class MTL(Recommender):
             self.learner = Learner(network, table)
         if config.monitor == "AUC" and not any(self.learner.binary):
             config = config.model_copy(update={"monitor": "R2"})
-        settings: dict[str, Any] = {"tau": config.tau} if config.balancer == "gradcraft" else {}
         self.told: dict[str, Any] = {}
         return learn(
             self.learner,
@@ -197,7 +228,7 @@ class MTL(Recommender):
             run,
             balancer=config.balancer,
             optimizer=config.optimizer,
-            settings=settings,
+            settings=config.balancing,
             validate=lambda: self._validated(split.valid, config.monitor),
             tell=self.told,
         )
