@@ -186,7 +186,7 @@ class Counting(Claim):
         return Measurement(0.0, 1.0 + seed, 1.0 + seed, np.zeros(4), np.full(4, 1.0 + seed), details={"rows": 9})
 
 
-def in_this_process(workers, mp_context):
+def in_this_process(workers):
     """A thread in place of processes, which would not know the counting claim."""
     return ThreadPoolExecutor(1)
 
@@ -198,7 +198,7 @@ def counting(monkeypatch, tmp_path):
 
     claims()
     monkeypatch.setitem(sys.modules["vouch.claims.claim"]._claims, ("counting", "main"), Counting())
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", in_this_process)
+    monkeypatch.setattr(runner, "processes", in_this_process)
     monkeypatch.setattr(Counting, "calls", [])
     (tmp_path / "log.csv").write_text("user,item,time\na,x,1\na,y,2\nb,x,3\nb,y,4\n")
     return {"data": str(tmp_path / "log.csv"), "out": tmp_path / "out", "ledger": tmp_path / "ledger.jsonl", "jobs": 1}

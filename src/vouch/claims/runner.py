@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +21,7 @@ from vouch.data.prepare import check_writable
 from vouch.errors import ConfigError, StorageError, did_you_mean
 from vouch.evaluation import Interval, seed_interval, two_way_interval
 from vouch.files import atomic_file, read_json, write_json
+from vouch.workers import processes
 
 SEEDS = {"smoke": 2, "desk": 5, "full": 5}
 
@@ -152,8 +152,7 @@ def _measure_all(
     missing = [seed for seed in range(n) if not (folder / f"seed-{seed}.json").exists()]
     done = n - len(missing)
     if missing:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with processes(workers) as pool:
             futures = {
                 pool.submit(_measure_seed, found.slug, found.variant, opened, scale, seed, folder, threads): seed
                 for seed in missing

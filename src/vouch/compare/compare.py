@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vouch.errors import ConfigError, DataError
 from vouch.evaluation import parse_metric, two_way_interval
 from vouch.files import read_json, write_json
 from vouch.registry import Card, method
+from vouch.workers import processes
 
 SIMPLE = ("popularity", "recent-popularity", "itemknn", "markov", "ease")
 """Methods without gradient training: where one of these wins, that is said."""
@@ -239,9 +240,7 @@ def _executor(jobs: int, ray: str | None) -> Executor:
         return RayExecutor(ray)
     if jobs == 1:
         return _Here()
-    import multiprocessing
-
-    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    return processes(jobs)
 
 
 class _Here(Executor):
