@@ -175,9 +175,10 @@ class _Recall20(_Accuracy):
 
 @register_claim
 class OnDynamicRouting(_Accuracy):
-    """On another backbone."""
+    """On another backbone, at a rate at which it learns in the epochs given."""
 
     variant = "dr"
+    shared = {**SHAPE, "learning_rate": 3e-3}
     statement = "ComiRec-DR has a higher test Recall@20 with hard negatives and routing regularisation than without."
     baseline_is: ClassVar[tuple[str, dict[str, Any]]] = ("comirec-dr", {})
     method_is: ClassVar[tuple[str, dict[str, Any]]] = (
