@@ -58,8 +58,9 @@ def test_every_prefix_has_the_query_that_it_would_have_alone(made: Split) -> Non
             assert torch.allclose(alone, whole[b, t - 1], atol=1e-5)
 
 
-def test_the_query_by_its_formulas(made: Split) -> None:
-    network = started(made).network
+@pytest.mark.parametrize("gate", ["user", "item", "none"])
+def test_the_query_by_its_formulas(made: Split, gate: str) -> None:
+    network = started(made, **{"gcl4sr.gate": gate}).network
     user = torch.tensor([3])
     got = network(ITEMS[:1], LENGTHS[:1], Context(user=user))[0, 4]
     rows = ITEMS[0] + 1
@@ -67,10 +68,13 @@ def test_the_query_by_its_formulas(made: Split) -> None:
     one, two = network.catalogue()
     F_rows = []
     age = torch.tensor([4, 3, 2, 1, 0])
-    bias = network.gate_user(network.user(user))[0]
+    bias = network.gate_user(network.user(user))[0] if gate == "user" else torch.zeros(SMALL["max_length"])
     for t in range(5):
         parts = [Z[t]]
         for G in (one[ITEMS[0, t]], two[ITEMS[0, t]]):
+            if gate == "none":
+                parts.append(G)
+                continue
             r = torch.sigmoid(network.gate_item.weight[0] @ G + bias[age[t]])
             assert 0 < r < 1
             parts.append(r * G)
@@ -91,8 +95,9 @@ def test_users_move_the_gate_and_strangers_do_not(made: Split) -> None:
     ]
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
     assert torch.equal(outputs[2], outputs[3])
-    without = started(made, **{"gcl4sr.users": False})
-    assert without.network.user is None and not any("user" in name for name in without.network.state_dict())
+    for gate in ("item", "none"):
+        without = started(made, **{"gcl4sr.gate": gate})
+        assert without.network.user is None and not any("user" in name for name in without.network.state_dict())
 
 
 def test_gates_are_learned_and_saved(made: Split) -> None:

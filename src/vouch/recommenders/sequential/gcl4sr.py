@@ -57,7 +57,10 @@ class GraphConfig(Config):
         20, "neighbours drawn for each item in each of the two hops", ge=1, search=Choice((10, 20))
     )
     views: Literal["two", "one"] = setting("two", "one uses the same draw twice, without contrast; a control")
-    users: bool = setting(True, "gates depend on the user; without, the model knows no users")
+    gate: Literal["user", "item", "none"] = setting(
+        "user",
+        "what gates a global vector: the item and the user, the item alone, or nothing; user learns a table of users",
+    )
     contrast: float = setting(1.0, "weight of the contrast between the views (lambda 1)", ge=0)
     mmd: float = setting(0.1, "weight of the distance to the local item vectors (lambda 2)", ge=0)
     mmd_form: Literal["fast", "exact"] = setting(
@@ -133,9 +136,10 @@ class GCL4SREncoder(SequenceEncoder):
         if settings.graph != "none":
             graph = (facts[name] for name in ("indptr", "indices", "weight"))
             self.graph = GraphEncoder(size, *graph, neighbors=settings.neighbors, dropout=config.dropout)
-        self.gate_item = nn.Linear(size, 1, bias=False)
-        self.gate_user = nn.Linear(size, config.max_length, bias=False) if settings.users else None
-        self.user = nn.Embedding(int(facts["users"]), size) if settings.users else None
+        by_user = settings.gate == "user"
+        self.gate_item = nn.Linear(size, 1, bias=False) if settings.gate != "none" else None
+        self.gate_user = nn.Linear(size, config.max_length, bias=False) if by_user else None
+        self.user = nn.Embedding(int(facts["users"]), size) if by_user else None
         self.fuse = nn.Linear(3 * size, size, bias=False)
         self.position = nn.Embedding(config.max_length, size)  # 0 is the last item of a prefix
         self.pool_in = nn.Linear(2 * size, size, bias=False)
@@ -205,10 +209,14 @@ class GCL4SREncoder(SequenceEncoder):
             oldest = bias.gather(1, (lengths.unsqueeze(1) - 1 - place).clamp(min=0))  # of whole histories
             gated = []
             for G, W in zip(self.views(context.rows), (W_a, W_b), strict=True):
-                gate = self.gate_item(G).squeeze(-1)  # (B, J)
-                gated.append((G, torch.sigmoid(gate + oldest).unsqueeze(-1) * G))
-                # dropout of Q = r G is that of G, times r
-                streams.append((torch.sigmoid(gate.unsqueeze(1) + bias[:, age]) * inside, self.dropout(G) @ W.T))
+                if self.gate_item is None:
+                    Q, weight = G, streams[0][0]
+                else:
+                    gate = self.gate_item(G).squeeze(-1)  # (B, J)
+                    Q = torch.sigmoid(gate + oldest).unsqueeze(-1) * G
+                    weight = torch.sigmoid(gate.unsqueeze(1) + bias[:, age]) * inside
+                gated.append((G, Q))
+                streams.append((weight, self.dropout(G) @ W.T))  # dropout of Q = r G is that of G, times r
             if self.training:
                 context.graph = gated
         mean = torch.stack([w @ V for w, V in streams]).sum(0) / (place + 1).unsqueeze(-1)
