@@ -106,6 +106,20 @@ def test_the_ledger_gives_back_what_was_appended(tmp_path):
     assert path.read_bytes().startswith(first_line)  # nothing that was written changes
 
 
+def test_it_is_told_where_the_epochs_ran_out(tmp_path, capsys, monkeypatch):
+    from vouch.cli.main import main
+
+    ends = [("finished", "patience"), ("finished", "patience")]
+    rows = [{"seed": seed, "baseline_stopped": a, "method_stopped": b} for seed, (a, b) in enumerate(ends)]
+    entry = dataclasses.replace(ENTRY, baseline_name="SASRec", method_name="Other", per_seed=rows)
+    assert (entry.cut_short("baseline"), entry.cut_short("method"), ENTRY.cut_short("method")) == (2, 0, 0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vouch.claims.read_ledger", lambda path=None: [entry])
+    assert main(["claims", "show", "apr"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the epochs ran out before the patience did: SASRec in 2 of 2 seeds;" in said and "Other in" not in said
+
+
 GOOD = json.dumps(ENTRY.to_dict())
 
 

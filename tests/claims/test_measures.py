@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from vouch.claims import claim as named
 from vouch.claims import claims
 from vouch.claims.claim import Claim
 from vouch.data import Dataset
@@ -26,3 +27,11 @@ def test_it_measures(small: Dataset, claim: Claim) -> None:
     if found.method_cases is not None and found.baseline_cases is not None:
         assert len(found.method_cases) == len(found.baseline_cases)
         assert found.effect == pytest.approx(float((found.method_cases - found.baseline_cases).mean()), abs=1e-9)
+
+
+def test_both_sides_say_how_their_training_ended(small: Dataset) -> None:
+    found = named("gcl4sr", "itemknn").measure(small, "smoke", 0).details
+    assert found["method_stopped"] == "finished" and found["method_best_epoch"] in (1, 2)
+    assert "baseline_stopped" not in found and "epoch_seconds_ratio" not in found  # it counts, without epochs
+    found = named("remi", "dr").measure(small, "smoke", 0).details
+    assert found["baseline_stopped"] == found["method_stopped"] == "finished" and found["epoch_seconds_ratio"] > 0

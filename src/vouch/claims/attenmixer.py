@@ -80,7 +80,7 @@ class _Sessions(Pair):
             found.effect,
             found.baseline_cases,
             found.method_cases,
-            {**found.details, **more, **self.cost()},
+            {**found.details, **more, **self.course(baseline, method)},
         )
 
 

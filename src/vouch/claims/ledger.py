@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vouch.errors import StorageError
 
@@ -53,6 +53,10 @@ class LedgerEntry:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return asdict(self)
+
+    def cut_short(self, side: Literal["baseline", "method"]) -> int:
+        """In how many seeds a side's epochs ran out before its patience did; 0 where that was not recorded."""
+        return sum(each.get(f"{side}_stopped") in ("finished", "time") for each in self.per_seed)
 
 
 def judge(low: float, high: float) -> str:

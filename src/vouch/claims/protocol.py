@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from vouch.claims.claim import Claim, Measurement, Scale
 from vouch.data import Dataset, Split, split
 from vouch.data.filters import keep_rows
 from vouch.evaluation import evaluate
-from vouch.training import Run
+from vouch.training import FitReport, Run
 
 
 def cut(dataset: Dataset, users: int, *, longest: bool = False) -> Dataset:
@@ -93,7 +94,7 @@ class Pair(Claim):
     also: ClassVar[tuple[str, ...]] = ("HR@10",)
 
     def __init__(self) -> None:
-        self.seconds: dict[tuple[str, str], float] = {}
+        self.reports: WeakKeyDictionary[Any, FitReport] = WeakKeyDictionary()  # how each model's training went
 
     def prepare(self, dataset: Dataset, scale: Scale, seed: int) -> Split:
         """The split that both sides see."""
@@ -110,8 +111,7 @@ class Pair(Claim):
             if "." in name or name in kind.Config.model_fields
         }
         model = kind(**known)
-        report = model.fit(made, Run(seed=seed))
-        self.seconds[side[0], str(dict(side[1]))] = report.seconds / max(1, report.epochs)
+        self.reports[model] = model.fit(made, Run(seed=seed))
         return model
 
     def best(
@@ -143,14 +143,18 @@ class Pair(Claim):
         """Train both and pair them case by case."""
         made = self.prepare(dataset, scale, seed)
         baseline, method, chosen = self.sides(made, scale, seed)
-        more = {**chosen, **getattr(method, "diagnostics", {}), **self.cost()}
+        more = {**chosen, **getattr(method, "diagnostics", {}), **self.course(baseline, method)}
         return measured(made, baseline, method, self.metric, also=self.also, options=self.options(), **more)
 
-    def cost(self) -> dict[str, float]:
-        """Seconds of an epoch, validation included, of method by baseline."""
-        first = ((self.baseline_is, self.baseline_tries[0]), (self.method_is, self.method_tries[0]))
-        low, high = (self.seconds.get((side[0], str({**side[1], **each})), 0.0) for side, each in first)
-        return {"epoch_seconds_ratio": high / low} if low > 0 and high > 0 else {}
+    def course(self, baseline: Any, method: Any) -> dict[str, Any]:
+        """How the training of the two went: why it stopped, the best epoch, and an epoch's time of method by baseline."""
+        found, seconds = dict[str, Any](), []
+        for who, model in (("baseline", baseline), ("method", method)):
+            report = self.reports[model]
+            if report.epochs:
+                found |= {f"{who}_stopped": report.stopped, f"{who}_best_epoch": report.best_epoch}
+                seconds.append(report.seconds / report.epochs)
+        return {**found, "epoch_seconds_ratio": seconds[1] / seconds[0]} if len(seconds) == 2 else found
 
     def options(self) -> dict[str, Any]:
         """Further arguments of `evaluate`."""

@@ -70,7 +70,7 @@ class _Accuracy(Pair):
         """Train both and pair them case by case."""
         made = self.prepare(dataset, scale, seed)
         baseline, method, chosen = self.sides(made, scale, seed)
-        return self.compared(made, baseline, method, **chosen)
+        return self.compared(made, baseline, method, **chosen, **self.course(baseline, method))
 
     def compared(self, made: Split, baseline: Any, method: Any, **details: Any) -> Measurement:
         """Both on the test users, with what their routing looks like."""

@@ -240,6 +240,18 @@ def _print(entry: Any) -> None:
         f"  here:   {entry.metric}: {entry.baseline_name} {entry.baseline:.4f}, {entry.method_name} {entry.method:.4f}; "
         f"effect ({entry.effect_is}) {entry.effect:+.4f} [{entry.interval[0]:+.4f}, {entry.interval[1]:+.4f}]"
     ))  # fmt: skip
+    short = [
+        f"{name} in {n} of {len(entry.seeds)} seeds"
+        for name, n in (
+            (entry.baseline_name, entry.cut_short("baseline")),
+            (entry.method_name, entry.cut_short("method")),
+        )
+        if n
+    ]
+    if short:
+        out.print(
+            escape(f"  note:   the epochs ran out before the patience did: {', '.join(short)}; more might change this")
+        )
     out.print(
         escape(
             f"  how:    {entry.command}; {entry.data}, seeds {entry.seeds[0]} to {entry.seeds[-1]}, commit {entry.commit}"
