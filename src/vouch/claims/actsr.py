@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vouch.claims import synthetic
 from vouch.claims.claim import Measurement, Scale, register_claim
-from vouch.claims.protocol import SEQUENTIAL, Pair, measured
+from vouch.claims.protocol import PLANTED, SEQUENTIAL, Pair, measured
 from vouch.data import Cases, Dataset, Interactions, Queries, split
 from vouch.data.world import WorldConfig, build
 from vouch.evaluation import evaluate
@@ -151,7 +151,7 @@ class Mean(_Accuracy):
 class _Known(Pair):
     slug: ClassVar[str] = "actsr"
     data = {"smoke": "world", "desk": "world", "full": "world"}
-    shared = {**SHAPE, "dropout": 0.2, "loss": "ce", "num_layers": 1, "epochs": 60}
+    shared = {**SHAPE, **PLANTED, "num_layers": 1, "epochs": 60}
     baseline_is: ClassVar[tuple[str, dict[str, Any]]] = ("sasrec", {})
     method_is: ClassVar[tuple[str, dict[str, Any]]] = ("sasrec", CALIBRATED)
     baseline = "SASRec"
@@ -204,7 +204,7 @@ class Planted(_Known):
     statement = "In the embedded world, calibrated attention gives planted noise events a smaller share than plain."
     metric = "share of attention on planted noise events"
     effect = "baseline less method"
-    shared = {**SHAPE, "dropout": 0.2, "loss": "ce"}
+    shared = {**SHAPE, **PLANTED}
     reported = "the paper's argument: attention goes to items that do not matter, and calibration takes it away"
 
     def measure(self, dataset: Dataset, scale: Scale, seed: int) -> Measurement:

@@ -13,7 +13,7 @@ import numpy as np
 
 from vouch.claims import synthetic
 from vouch.claims.claim import Measurement, Scale, register_claim
-from vouch.claims.protocol import RATES, SEQUENTIAL, Pair, measured
+from vouch.claims.protocol import PLANTED, RATES, SEQUENTIAL, Pair, measured
 from vouch.data import Catalog, Dataset, Split, split
 
 SHAPE: dict[str, Any] = {**SEQUENTIAL, "num_layers": 2, "num_heads": 2, "inner_size": 64}
@@ -170,7 +170,7 @@ class Categories(_Chosen):
     data = {"smoke": "world", "desk": "world", "full": "world"}
     effect = "DIF-SR's value less 2 x SASRec's"
     baseline = "2 x SASRec"
-    shared = {**SHAPE, "dropout": 0.2, "loss": "ce", "batch_size": 32, "epochs": 100, "patience": 8}
+    shared = {**SHAPE, **PLANTED, "batch_size": 32, "epochs": 100, "patience": 8}
     reported = "the paper's argument: attributes stand in for interactions; at least twice at 5 events an item"
 
     def prepare(self, dataset: Dataset, scale: Scale, seed: int) -> Split:

@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 
 from vouch.claims import synthetic
 from vouch.claims.claim import Measurement, Scale, register_claim
-from vouch.claims.protocol import RATES, SEQUENTIAL, Pair
+from vouch.claims.protocol import PLANTED, RATES, SEQUENTIAL, Pair
 from vouch.data import Dataset, Queries, Split, split
 
 SHAPE: dict[str, Any] = {**SEQUENTIAL, "num_layers": 2, "num_heads": 2, "inner_size": 256}
@@ -189,7 +189,7 @@ class Key(_Accuracy):
         {**WITH, "eclsr.contrast": 1.0, "eclsr.discriminate": 0.0, "eclsr.invariant_to": "replacement"},
     )
     method_is: ClassVar[tuple[str, dict[str, Any]]] = ("sasrec", {**WITH, "eclsr.contrast": 1.0})
-    shared = {**SHAPE, "dropout": 0.2, "loss": "ce", "num_layers": 1}
+    shared = {**SHAPE, **PLANTED, "num_layers": 1}
     reported = "the paper's argument; a large margin expected"
 
     def prepare(self, dataset: Dataset, scale: Scale, seed: int) -> Split:

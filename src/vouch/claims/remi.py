@@ -29,6 +29,7 @@ from vouch.recommenders.sequential.remi import routing, routing_report
 SHAPE: dict[str, Any] = {
     "batch_size": 256,
     "patience": 4,
+    "learning_rate": 1e-3,
     "hidden_size": 64,
     "interests": 4,
     "max_length": 20,

@@ -12,7 +12,7 @@ import numpy as np
 
 from vouch.claims import synthetic
 from vouch.claims.claim import Measurement, Scale, register_claim
-from vouch.claims.protocol import SEQUENTIAL, USERS, Pair, cut, measured
+from vouch.claims.protocol import PLANTED, SEQUENTIAL, USERS, Pair, cut, measured
 from vouch.data import Dataset, split
 from vouch.data.filters import keep_rows
 from vouch.evaluation import evaluate
@@ -112,7 +112,7 @@ class Chain(_Accuracy):
     )
     data = {"smoke": "world", "desk": "world", "full": "world"}
     baseline = "SASRec, the same operators at random"
-    shared = {**SHAPE, "dropout": 0.2, "loss": "ce", "epochs": 15}
+    shared = {**SHAPE, **PLANTED, "epochs": 15}
     reported = "the paper's argument; better with pauses, equal without"
 
     def measure(self, dataset: Dataset, scale: Scale, seed: int) -> Measurement:
