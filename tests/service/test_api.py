@@ -253,13 +253,16 @@ def test_changed_attributes_are_shown_and_filtered_by(client: TestClient) -> Non
     assert client.put("/v1/items", json={"items": [change]}).json() == {"stored": 1, "not_recommendable": []}
     item = client.get("/v1/items/i3").json()
     assert item["title"] == "Better"
-    assert item["attributes"] | {"title": None} == {"title": None, "price": 1000, "tags": ["odd", "sale"], "new": True}
+    assert item["attributes"] == {"price": 1000, "tags": ["odd", "sale"], "new": True}
 
     def kept(*filters: Any) -> list[str]:
         return names(ask(client, "recommend", history=["never"], k=40, filters=list(filters)))
 
     assert kept({"attribute": "price", "min": 500}) == ["i3"]
     assert kept({"attribute": "tags", "equals": "sale"}) == ["i3"]
+    assert kept({"attribute": "title", "equals": "Better"}) == ["i3"]
+    assert kept({"attribute": "title", "equals": "Item <b>3</b>"}) == []
+    assert kept({"attribute": "title", "equals": "Item <b>4</b>"}) == ["i4"]
     assert kept({"attribute": "new", "equals": True}) == ["i3"]
     assert kept({"attribute": "new", "equals": "True"}) == []
     assert "i3" not in kept({"attribute": "brand", "in": ["b0", "b1", "b2", "b3", "b4"]})

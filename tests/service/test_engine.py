@@ -225,7 +225,7 @@ def test_items_are_described(tmp_path: Path) -> None:
     (tmp_path / "outside.png").write_bytes(b"x")
     engine = Engine.open(small_run(tmp_path / "run", "popularity", small_data(tmp_path / "pictures")))
     three = engine.item("i3")
-    assert three["title"] == "Item <b>3</b>"
+    assert three["title"] == "Item <b>3</b>" and "title" not in three["attributes"]
     assert three["attributes"]["price"] == 3.0 and three["attributes"]["tags"] == ["odd", "small"]
     assert three["picture"] == str((tmp_path / "pictures" / "3.png").resolve())
     assert engine.item("i5")["picture"] is None  # no such file

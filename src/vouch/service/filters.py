@@ -77,7 +77,7 @@ class Filters:
         shown = {
             name: _plain(_decimal(value) if self.catalog.table.schema[name] == pl.Float32 else value)
             for name, value in row.items()
-            if value is not None and roles.get(name) != "media"
+            if value is not None and roles.get(name) not in ("media", "title")
         }
         pictures = (self._file(row[name]) for name in self.catalog.columns("media") if row[name] is not None)
         return {

@@ -60,9 +60,10 @@ class Shelf:
             kept &= self._mask(each)
         for item, code in self._code.items():
             change = self.changes[item]
-            if change.attributes and not change.deleted:
-                attributes = self.item(item).attributes
-                kept[code] = all(fits(each, attributes.get(each.attribute)) for each in conditions)
+            if (change.attributes or change.title is not None) and not change.deleted:
+                known = self.item(item)
+                values = {"title": known.title, **known.attributes}
+                kept[code] = all(fits(each, values.get(each.attribute)) for each in conditions)
         kept.flags.writeable = False
         return kept
 
