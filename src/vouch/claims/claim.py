@@ -8,6 +8,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -51,6 +52,8 @@ class Claim(ABC):
         baseline, method: what is set against what.
         reported: the paper's own numbers, in words, with their source.
         data: the source at each scale; `world` at smoke.
+        trained: a folder in which sides that were trained are kept, so that variants that share one train it once; None
+            keeps nothing.
     """
 
     slug: ClassVar[str]
@@ -62,6 +65,7 @@ class Claim(ABC):
     method: ClassVar[str]
     reported: ClassVar[str]
     data: ClassVar[Mapping[str, str]]
+    trained: Path | None = None
 
     @abstractmethod
     def measure(self, dataset: Any, scale: Scale, seed: int) -> Measurement:

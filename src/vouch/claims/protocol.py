@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 
 from vouch import registry
 from vouch.claims.claim import Claim, Measurement, Scale
 from vouch.data import Dataset, Split, split
 from vouch.data.filters import keep_rows
 from vouch.evaluation import evaluate
+from vouch.files import read_json, write_json
+from vouch.recommenders.base import load
 from vouch.training import FitReport, Run
 
 
@@ -120,8 +127,28 @@ class Pair(Claim):
             if "." in name or name in kind.Config.model_fields
         }
         model = kind(**known)
-        self.reports[model] = model.fit(made, Run(seed=seed))
+        place = self.place(model, made, seed)
+        if place is not None and (place / "course.json").exists():
+            model, course = load(place / "model"), read_json(place / "course.json")
+            model.diagnostics = course["diagnostics"]
+            report = FitReport(**course["report"])
+        else:
+            report = replace(model.fit(made, Run(seed=seed)), history=[])
+            if place is not None:
+                model.save(place / "model")
+                course = {"report": asdict(report), "diagnostics": getattr(model, "diagnostics", {})}
+                write_json(place / "course.json", course)  # last, as the sign that all is there
+        self.reports[model] = report
         return model
+
+    def place(self, model: Any, made: Split, seed: int) -> Path | None:
+        """Where a side is kept, by all that decides what it becomes."""
+        if self.trained is None:
+            return None
+        facts = [model.card.slug, model.config.model_dump(mode="json"), seed, torch.get_num_threads()]
+        data = [made.describe(), made.dataset.catalog.fingerprint]
+        text = json.dumps([facts, data], sort_keys=True, default=str)
+        return self.trained / hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
     def best(
         self,

@@ -42,6 +42,7 @@ def run_claim(
     """Run a claim over seeds 0, 1, ... and append the result to the ledger.
 
     Finished seeds lie in `out` under a name with the data's fingerprint and the commit; a run that was stopped goes on.
+    So do trained models, in `trained`, as long as the code is that of a commit: variants that share a side train it once.
 
     Args:
         seeds: how many; 2 at smoke, 5 otherwise.
@@ -175,7 +176,8 @@ def _measure_seed(
 
     torch.set_num_threads(threads)
     begin = time.perf_counter()
-    found = claim(slug, variant)
+    found, at = claim(slug, variant), commit()
+    found.trained = folder.parent / "trained" / at if at and not at.endswith("+dirty") else None
     data = Dataset.open(opened) if isinstance(opened, Path) else found.read(opened)
     measured = found.measure(data, scale, seed)
     measured = replace(measured, seconds=round(time.perf_counter() - begin, 1))

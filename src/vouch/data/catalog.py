@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +97,18 @@ class Catalog:
     def columns(self, role: str) -> list[str]:
         """Names of the columns with a role, in table order."""
         return [name for name in self.table.columns if self.roles.get(name) == role]
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of attributes, roles and features; it may change with the version of polars."""
+        digest = hashlib.blake2b(digest_size=8)
+        digest.update(json.dumps([self.table.columns, dict(self.roles)], sort_keys=True).encode())
+        if self.table.width:
+            digest.update(self.table.hash_rows().to_numpy().tobytes())
+        for name in sorted(self.features):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(self.features[name]).data)
+        return digest.hexdigest()
 
     def title(self, code: int) -> str:
         """The title of an item, or its id where it has none."""
