@@ -17,7 +17,7 @@ from scipy import stats
 from vouch import systems
 from vouch.claims import LedgerEntry, Measurement, claim, claims, read_ledger, run_claim
 from vouch.claims.claim import SCALES, Claim
-from vouch.claims.ledger import PACKAGED, append
+from vouch.claims.ledger import PACKAGED, append, newest
 from vouch.claims.runner import effect_interval, verdict
 from vouch.errors import ConfigError, StorageError, UnknownIdError, VouchError
 from vouch.evaluation import Interval
@@ -118,6 +118,25 @@ def test_it_is_told_where_the_epochs_ran_out(tmp_path, capsys, monkeypatch):
     assert main(["claims", "show", "apr"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "the epochs ran out before the patience did: SASRec in 2 of 2 seeds;" in said and "Other in" not in said
+
+
+def test_the_newest_run_of_each_claim_is_listed(tmp_path, capsys):
+    from vouch.cli.main import main
+
+    path = tmp_path / "l.jsonl"
+    later = dataclasses.replace(ENTRY, interval=[-0.1, 0.3], verdict="inconclusive", commit="later")
+    elsewhere = dataclasses.replace(ENTRY, data="mine", commit="mine")
+    for entry in (ENTRY, elsewhere, later):
+        append(entry, path)
+    assert newest(read_ledger(path)) == [later, elsewhere]
+
+    def listed(*words):
+        assert main(["claims", "list", "apr", "--ledger", str(path), *words]) == 0
+        return capsys.readouterr().out
+
+    assert [each["commit"] for each in json.loads(listed("--json"))] == ["later", "mine"]
+    assert [each["commit"] for each in json.loads(listed("--json", "--all"))] == ["abc", "mine", "later"]
+    assert "1 earlier runs" in listed() and "earlier" not in listed("--all")
 
 
 GOOD = json.dumps(ENTRY.to_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -97,6 +98,11 @@ def read_ledger(path: Path | None = None) -> list[LedgerEntry]:
                     hint="mend or drop it",
                 ) from error
     return entries
+
+
+def newest(entries: Sequence[LedgerEntry]) -> list[LedgerEntry]:
+    """Of each claim at each scale on each data the last entry, in the order of the claims' first ones."""
+    return list({(each.slug, each.variant, each.scale, each.data): each for each in entries}.values())
 
 
 def _checked(entry: LedgerEntry) -> LedgerEntry:

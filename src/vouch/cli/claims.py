@@ -128,13 +128,16 @@ def _settings(slug: str, as_json: bool) -> None:
 
 def list_entries(
     slug: Annotated[str | None, typer.Argument(help="Only of one system.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Earlier runs of a claim too, not only its newest.")] = False,
     ledger: Annotated[Path | None, typer.Option("--ledger", help="Another ledger file.")] = None,
     as_json: shared.Json = False,
 ) -> None:
-    """List the ledger: every claim that was run, with effect, interval and verdict."""
+    """List the ledger: the newest run of each claim, with effect, interval and verdict."""
     from vouch.claims import claims, read_ledger
+    from vouch.claims.ledger import newest
 
-    entries = [entry for entry in read_ledger(ledger) if slug in (None, entry.slug)]
+    found = [entry for entry in read_ledger(ledger) if slug in (None, entry.slug)]
+    entries = found if every else newest(found)
     if as_json:
         shared.emit([entry.to_dict() for entry in entries])
         return
@@ -155,6 +158,8 @@ def list_entries(
             f"[{style}]{entry.verdict}[/{style}]",
         )
     shared.console().print(table)
+    if len(entries) < len(found):
+        shared.console().print(f"{len(found) - len(entries)} earlier runs: vouch claims list --all")
     ran = {(entry.slug, entry.variant) for entry in entries}
     waiting = [f"{found.slug} ({found.variant})" for found in claims(slug) if (found.slug, found.variant) not in ran]
     if waiting:
