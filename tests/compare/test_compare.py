@@ -185,3 +185,22 @@ def test_with_one_trial_nothing_is_trained_to_choose_settings(tmp_path: Path) ->
     for row in found.rows:
         assert row["trials"] == 1 and row["validation"] == {} and row["cost"]["tuning_seconds"] == 0
         assert row["config"] == base_config(found.plan, row["method"]).model_dump(mode="json")
+
+
+def test_it_is_told_whose_training_was_cut_short(tmp_path: Path) -> None:
+    """By the clock, or by its epochs while it still got better; not whoever's patience ended."""
+
+    def ran(methods: list[str], max_seconds: float | None = None, **settings: list[str]) -> tuple[Any, list[str]]:
+        out = tmp_path / "-".join(methods)
+        found = compare(
+            made_data(), methods, out=out, seeds=1, trials=1, settings=settings, max_seconds=max_seconds, jobs=1
+        ).to_dict()
+        rows = {row["method"]: row["stopped"] for row in found["methods"]}
+        return rows, [text for text in found["warnings"] if "may change what is said of them" in text]
+
+    rows, warnings = ran(["popularity", "bpr"], 0.5, bpr=["epochs=1000000", "hidden_size=8"])
+    assert rows == {"popularity": ["closed form"], "bpr": ["time"]}
+    assert warnings == ["the clock stopped BPR-MF: more seconds may change what is said of them"]
+    rows, warnings = ran(["sasrec"], sasrec=["epochs=1", "hidden_size=8"])
+    assert rows == {"sasrec": ["epochs"]} and warnings[0].startswith("the last epoch was the best one of SASRec:")
+    assert ran(["bpr"], bpr=["epochs=1000", "hidden_size=8", "patience=1"]) == ({"bpr": ["patience"]}, [])

@@ -291,6 +291,7 @@ def _assemble(
                 "validation": {} if tuned["value"] is None else {plan.headline: tuned["value"]},
                 "trials": tuned["trials"],
                 "seeds": len(seeds),
+                "stopped": [seed.get("stopped") for seed in seeds],
                 "per_seed": [seed["metrics"] for seed in seeds],
             }
         )
@@ -303,6 +304,7 @@ def _assemble(
     for row in rows:
         if row["status"] == "ok":
             row["against_best"] = verdict.against.get(row["method"])
+    warnings = [*warnings, *_cut_short(rows)]
     return Comparison(
         plan, rows, verdict, described, warnings, values, history, popularity, describe_machine(), command
     )
@@ -335,6 +337,19 @@ def _warnings(dataset: Dataset, dropped: Mapping[str, int]) -> list[str]:
     from vouch.data.inspect import inspect
 
     return inspect(dataset).warnings + [f"{count:,} {what}" for what, count in dropped.items()]
+
+
+def _cut_short(rows: list[dict[str, Any]]) -> list[str]:
+    """Which methods might have come further, in most of their seeds."""
+    found = []
+    for reason, text in (
+        ("time", "the clock stopped {}: more seconds may change what is said of them"),
+        ("epochs", "the last epoch was the best one of {}: more epochs may change what is said of them"),
+    ):
+        names = [row["name"] for row in rows if 2 * row.get("stopped", []).count(reason) > row.get("seeds", 0)]
+        if names:
+            found.append(text.format(", ".join(names)))
+    return found
 
 
 def _duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from vouch.config import Choice, Config, Search, Span
 from vouch.data import Dataset, Split, split
 from vouch.errors import VouchError
 from vouch.files import atomic_file, read_json, write_json
+
+if TYPE_CHECKING:
+    from vouch.training import FitReport
 
 LATENCY_QUERIES = 200
 """Test cases that recommendation is timed on."""
@@ -161,7 +164,8 @@ def train_seed(
     """Train with the chosen settings and one seed, and measure on test.
 
     Returns:
-        `{"method", "seed", "metrics", "cost", "values", "status"}`; `values` is the .npz of values per case.
+        `{"method", "seed", "metrics", "cost", "values", "stopped", "status"}`; `values` is the .npz of values per case,
+        `stopped` why training ended: `time` and `epochs` while it still got better, else as the fit's report says.
     """
     from vouch.evaluation import evaluate, latency, measure
     from vouch.registry import method as find
@@ -197,6 +201,7 @@ def train_seed(
             metrics=found.metrics,
             protocol=found.protocol,
             values=arrays.name,
+            stopped=_stopped(report, model.config),
             cost={
                 "fit_seconds": cost.wall_seconds,
                 "cpu_seconds": cost.cpu_seconds,
@@ -213,6 +218,12 @@ def train_seed(
         result.update(status="failed", error=getattr(error, "what", None) or "out of memory")
     write_json(path, result)
     return result
+
+
+def _stopped(report: FitReport, config: Config) -> str:
+    if report.stopped == "finished" and report.best_epoch > report.epochs - getattr(config, "evaluate_every", 1):
+        return "epochs"  # the last look at validation was the best one
+    return report.stopped
 
 
 def _set_threads(threads: int) -> None:
