@@ -146,7 +146,7 @@ class Pair(Claim):
         if self.trained is None:
             return None
         facts = [model.card.slug, model.config.model_dump(mode="json"), seed, torch.get_num_threads()]
-        data = [made.describe(), made.dataset.catalog.fingerprint]
+        data = [made.describe(), made.train.fingerprint, made.dataset.catalog.fingerprint]
         text = json.dumps([facts, data], sort_keys=True, default=str)
         return self.trained / hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
