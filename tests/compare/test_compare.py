@@ -198,7 +198,7 @@ def test_it_is_told_whose_training_was_cut_short(tmp_path: Path) -> None:
         rows = {row["method"]: row["stopped"] for row in found["methods"]}
         return rows, [text for text in found["warnings"] if "may change what is said of them" in text]
 
-    rows, warnings = ran(["popularity", "bpr"], 0.5, bpr=["epochs=1000000", "hidden_size=8"])
+    rows, warnings = ran(["popularity", "bpr"], 0.5, bpr=["epochs=1000000", "patience=1000000", "hidden_size=8"])
     assert rows == {"popularity": ["closed form"], "bpr": ["time"]}
     assert warnings == ["the clock stopped BPR-MF: more seconds may change what is said of them"]
     rows, warnings = ran(["sasrec"], sasrec=["epochs=1", "hidden_size=8"])
