@@ -137,6 +137,8 @@ def test_the_newest_run_of_each_claim_is_listed(tmp_path, capsys):
     assert [each["commit"] for each in json.loads(listed("--json"))] == ["later", "mine"]
     assert [each["commit"] for each in json.loads(listed("--json", "--all"))] == ["abc", "mine", "later"]
     assert "1 earlier runs" in listed() and "earlier" not in listed("--all")
+    assert main(["claims", "show", "apr", "--ledger", str(path)]) == 0
+    assert capsys.readouterr().out.count("superseded by a later run") == 1
 
 
 GOOD = json.dumps(ENTRY.to_dict())

@@ -215,6 +215,7 @@ def show(
 ) -> None:
     """Show a system's claims: what the paper says, what we found, and how to run it."""
     from vouch.claims import claim, claims, read_ledger
+    from vouch.claims.ledger import newest
 
     claim(slug)
     entries = [entry for entry in read_ledger(ledger) if entry.slug == slug]
@@ -225,7 +226,7 @@ def show(
         ran = [entry for entry in entries if entry.variant == found.variant]
         if ran:
             for entry in ran:
-                _print(entry)
+                _print(entry, superseded=entry not in newest(ran))
         else:
             how = f"vouch claims run {slug} --variant {found.variant} --scale desk"
             out = shared.console()
@@ -233,12 +234,14 @@ def show(
             out.print(f"  paper: {found.reported}\n  not run yet: {how}")
 
 
-def _print(entry: Any) -> None:
+def _print(entry: Any, *, superseded: bool = False) -> None:
     from rich.markup import escape
 
     out = shared.console()
     style = VERDICT_STYLE.get(entry.verdict, "bold")
-    out.print(f"\n[bold]{entry.slug} ({entry.variant})[/bold], {entry.scale}: [{style}]{entry.verdict}[/{style}]")
+    out.print(
+        f"\n[bold]{entry.slug} ({entry.variant})[/bold], {entry.scale}: [{style}]{entry.verdict}[/{style}]{', superseded by a later run' * superseded}"
+    )
     out.print(escape(f"  {entry.statement}"))
     out.print(escape(f"  paper:  {entry.reported}"))
     out.print(escape(
