@@ -239,8 +239,9 @@ def _print(entry: Any, *, superseded: bool = False) -> None:
 
     out = shared.console()
     style = VERDICT_STYLE.get(entry.verdict, "bold")
+    later = ", superseded by a later run" if superseded else ""
     out.print(
-        f"\n[bold]{entry.slug} ({entry.variant})[/bold], {entry.scale}: [{style}]{entry.verdict}[/{style}]{', superseded by a later run' * superseded}"
+        f"\n[bold]{entry.slug} ({entry.variant})[/bold], {entry.scale}: [{style}]{entry.verdict}[/{style}]{later}"
     )
     out.print(escape(f"  {entry.statement}"))
     out.print(escape(f"  paper:  {entry.reported}"))
