@@ -57,13 +57,14 @@ class Shelf:
         conditions = [Filter.model_validate_json(each) for each in filters]
         kept = self._present.copy()
         for each in conditions:
-            kept &= self._mask(each)
-        for item, code in self._code.items():
-            change = self.changes[item]
-            if (change.attributes or change.title is not None) and not change.deleted:
-                known = self.item(item)
-                values = {"title": known.title, **known.attributes}
-                kept[code] = all(fits(each, values.get(each.attribute)) for each in conditions)
+            mask = self._mask(each).copy()
+            for item, code in self._code.items():
+                change = self.changes[item]
+                if each.attribute in change.attributes:
+                    mask[code] = fits(each, change.attributes[each.attribute])
+                elif each.attribute == "title" and change.title is not None:
+                    mask[code] = fits(each, change.title)
+            kept &= mask
         kept.flags.writeable = False
         return kept
 
